@@ -1146,7 +1146,7 @@ def command(name, main):
         print(f"{name}: SIGTERM, all is saved; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
