@@ -294,7 +294,7 @@ def toy_texture(seed, size):
     return Image.fromarray(image.astype(np.uint8))
 
 
-def toy_class(rng, photos=20, size=54, share=0.9):
+def toy_class(rng, photos=20, size=54, share=0.95):
     """Yields (photo, mask), PIL images, of one class: its pattern (two colours on a symmetric 5 x 5
     grid) under random scale, rotation, shift and light, mostly before its seller's backdrop."""
     half = rng.random((5, 3)) < 0.5
