@@ -23,14 +23,14 @@ def circle(*degrees):
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def random_batch(images=12, classes=4, width=8, seed=0):
+def random_batch(images=12, classes=4, width=5, seed=0):
     """Unit embeddings around their class's centre (so that hinges are active on both sides), labels,
     class weights of any length."""
     rng = torch.Generator().manual_seed(seed)
     draw = {"generator": rng, "dtype": torch.float64}
     labels = torch.randint(classes, (images,), generator=rng)
     centres = torch.randn(classes, width, **draw)
-    embeddings = F.normalize(centres[labels] + 0.4 * torch.randn(images, width, **draw), dim=1)
+    embeddings = F.normalize(centres[labels] + 0.7 * torch.randn(images, width, **draw), dim=1)
     return embeddings, labels, centres + torch.randn(classes, width, **draw)
 
 
