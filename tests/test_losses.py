@@ -24,8 +24,8 @@ def circle(*degrees):
 
 
 def random_batch(images=12, classes=4, width=5, seed=0):
-    """Unit embeddings around their class's centre (so that hinges are active on both sides), labels,
-    class weights of any length."""
+    """Unit embeddings around their class's centre (so that hinges are active on both sides),
+    labels, class weights of any length."""
     rng = torch.Generator().manual_seed(seed)
     draw = {"generator": rng, "dtype": torch.float64}
     labels = torch.randint(classes, (images,), generator=rng)
@@ -125,8 +125,8 @@ def test_every_row_of_hyper_parameters_against_nested_loops(dataset, loss, dtype
 
 
 def test_contrastive_by_hand():
-    """At 0, 60 and 180 degrees the distances are 1, 2 and the root of 3; of the negative pairs only the
-    nearer one is inside the margin, so the mean is over that one."""
+    """At 0, 60 and 180 degrees the distances are 1, 2 and the root of 3; of the negative pairs
+    only the nearer one is inside the margin, so the mean is over that one."""
     labels = torch.tensor([0, 0, 1])
     value = LOSSES["contrastive"](circle(0, 60, 180), labels, pos_margin=0.25, neg_margin=1.9)
     assert value.item() == pytest.approx(0.75 + (1.9 - math.sqrt(3)))
@@ -171,7 +171,8 @@ def test_arcface_is_the_plain_form_past_half_a_turn():
 
 
 def test_normalized_softmax_by_hand():
-    value = LOSSES["normalized_softmax"](circle(60), torch.tensor([0]), circle(0, 90), temperature=0.5)
+    label, weight = torch.tensor([0]), circle(0, 90)
+    value = LOSSES["normalized_softmax"](circle(60), label, weight, temperature=0.5)
     assert value.item() == pytest.approx(math.log(1 + math.exp(math.sqrt(3) - 1)))
 
 
@@ -179,8 +180,9 @@ def test_normalized_softmax_by_hand():
 def test_class_weights_count_by_their_direction_only(loss):
     embeddings, labels, weight = random_batch()
     lengths = torch.linspace(0.01, 9, len(weight))[:, None]
-    values = [LOSSES[loss](embeddings, labels, w, **hparams("toy", loss)) for w in (weight, weight * lengths)]
-    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-12)
+    value, other = (LOSSES[loss](embeddings, labels, w, **hparams("toy", loss)).item()
+                    for w in (weight, weight * lengths))
+    assert value == pytest.approx(other, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -222,7 +224,7 @@ def test_degenerate_batches_are_finite_with_a_gradient(dataset, loss, batch):
 @pytest.mark.parametrize("loss, batch, expected", [
     ("contrastive", "no positives", 0.0),
     ("contrastive", "one point, one class", 0.0),
-    ("contrastive", "one point, two classes", 0.7),  # every negative pair violates the margin by all of it
+    ("contrastive", "one point, two classes", 0.7),  # every negative pair: the margin
     ("triplet", "no positives", 0.0),
     ("triplet", "no negatives, one class", 0.0),
     ("triplet", "one point, two classes", 0.2),  # the margin

@@ -1,4 +1,4 @@
-"""BN-Inception against the paper's table and a forward pass of its own, checkpoints, torchvision backbones."""
+"""BN-Inception against the paper's table and a second forward pass; checkpoints; torchvision."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import bgbias
 from bgbias import BNInception, Embedder, UserError
 
-# block: in | 1x1 | 3x3 reduce, 3x3 | double 3x3: reduce, 1, 2 | pool, projection | out, side at 227 px
+# block: in | 1x1 | 3x3 reduce, 3x3 | double 3x3: reduce, 1, 2 | pool, projection | out, side at 227
 TABLE = """
 3a  192  64   64  64   64  96  96 avg  32   256 28
 3b  256  64   64  96   64  96  96 avg  64   320 28
@@ -25,12 +25,14 @@ TABLE = """
 5a 1056 352  192 320  160 224 224 avg 128  1024  7
 5b 1024 352  192 320  192 224 224 max 128  1024  7
 """
-ROWS = [[int(cell) if cell.isdigit() else cell for cell in line.split()] for line in TABLE.split("\n") if line]
+ROWS = [[int(cell) if cell.isdigit() else cell for cell in line.split()]
+        for line in TABLE.strip().splitlines()]
 
 
 def convolutions():
     """{name: (out, in, kernel, kernel)} of all convolutions, from the table."""
-    shapes = {"conv1_7x7_s2": (64, 3, 7, 7), "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}
+    shapes = {"conv1_7x7_s2": (64, 3, 7, 7),
+              "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}
     for block, width, one, reduce, three, double, first, second, _, projection, _, _ in ROWS:
         for name, out, into, side in [
                 ("1x1", one, width, 1), ("3x3_reduce", reduce, width, 1), ("3x3", three, reduce, 3),
@@ -43,17 +45,19 @@ def convolutions():
 
 @functools.cache
 def public_state():
-    """A state dict as the public checkpoint's: the table's names, running statistics other than 0 and 1,
-    the ImageNet classifier, and no num_batches_tracked, which PyTorch did not have yet."""
+    """A state dict as the public checkpoint's: the table's names, running statistics other than
+    0 and 1, the ImageNet classifier, and no num_batches_tracked, which PyTorch did not have yet."""
     rng = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in convolutions().items():
         out, fan_in = shape[0], math.prod(shape[1:])
         state[f"{name}.weight"] = torch.randn(shape, generator=rng) * (2 / fan_in) ** 0.5
         state[f"{name}.bias"] = torch.randn(out, generator=rng) / 10
-        for part, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            low = 0.5 if part in ("weight", "running_var") else -0.5
             state[f"{name}_bn.{part}"] = low + torch.rand(out, generator=rng)
-    return state | {"last_linear.weight": torch.zeros(1000, 1024), "last_linear.bias": torch.zeros(1000)}
+    classifier = torch.nn.Linear(1024, 1000).state_dict()
+    return state | {f"last_linear.{name}": value for name, value in classifier.items()}
 
 
 def loaded():
@@ -64,16 +68,17 @@ def loaded():
 
 def test_names_and_shapes_of_the_public_checkpoint():
     state = BNInception().state_dict()
-    expected = {name: tuple(value.shape) for name, value in public_state().items() if "last_linear" not in name}
-    assert {k: tuple(v.shape) for k, v in state.items() if "num_batches" not in k} == expected
-    assert {"conv1_7x7_s2.weight", "conv1_7x7_s2_bn.weight", "inception_5b_pool_proj_bn.bias"} < set(state)
+    expected = {k: v.shape for k, v in public_state().items() if "last_linear" not in k}
+    assert {k: v.shape for k, v in state.items() if "num_batches" not in k} == expected
+    assert {"conv1_7x7_s2.weight", "inception_5b_pool_proj_bn.bias"} < set(state)
 
 
 def test_number_of_convolutions_and_parameters():
     network = BNInception()
     kernels = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    by_hand = sum(math.prod(shape) + 3 * shape[0] for shape in convolutions().values())  # bias, BatchNorm's two
+    # Each output channel has a bias, and a scale and a shift of BatchNorm.
+    by_hand = sum(math.prod(shape) + 3 * shape[0] for shape in convolutions().values())
     assert len(kernels) == len(norms) == 69
     assert sum(p.numel() for p in network.parameters()) == by_hand == 10_270_240
     assert all(m.bias is not None for m in kernels) and {m.eps for m in norms} == {1e-5}
@@ -88,21 +93,27 @@ def naive_forward(state, x):
                                    for part in ("running_mean", "running_var", "weight", "bias"))
         return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
 
+    def chain(x, *names, stride=1):
+        for name in names[:-1]:
+            x = conv(x, name)
+        return conv(x, names[-1], stride)
+
     x = F.max_pool2d(conv(x, "conv1_7x7_s2", 2), 3, 2, ceil_mode=True)
     x = F.max_pool2d(conv(conv(x, "conv2_3x3_reduce"), "conv2_3x3"), 3, 2, ceil_mode=True)
     outputs = {}
     for block, *_ in ROWS:
         b = f"inception_{block}_"
-        if block in ("3c", "4e"):
-            x = torch.cat([conv(conv(x, f"{b}3x3_reduce"), f"{b}3x3", 2),
-                           conv(conv(conv(x, f"{b}double_3x3_reduce"), f"{b}double_3x3_1"), f"{b}double_3x3_2", 2),
-                           F.max_pool2d(x, 3, 2, ceil_mode=True)], 1)
+        stride = 2 if block in ("3c", "4e") else 1
+        three = chain(x, b + "3x3_reduce", b + "3x3", stride=stride)
+        double = [b + "double_3x3_" + part for part in ("reduce", "1", "2")]
+        double = chain(x, *double, stride=stride)
+        if stride == 2:
+            x = torch.cat([three, double, F.max_pool2d(x, 3, 2, ceil_mode=True)], 1)
         else:
-            around = F.pad(x, (1, 1, 1, 1), value=-math.inf if block == "5b" else 0).unfold(2, 3, 1).unfold(3, 3, 1)
-            pooled = around.amax((4, 5)) if block == "5b" else around.mean((4, 5))  # the mean counts the padding
-            x = torch.cat([conv(x, f"{b}1x1"), conv(conv(x, f"{b}3x3_reduce"), f"{b}3x3"),
-                           conv(conv(conv(x, f"{b}double_3x3_reduce"), f"{b}double_3x3_1"), f"{b}double_3x3_2"),
-                           conv(pooled, f"{b}pool_proj")], 1)
+            padded = F.pad(x, (1, 1, 1, 1), value=-math.inf if block == "5b" else 0)
+            around = padded.unfold(2, 3, 1).unfold(3, 3, 1)  # the mean counts the padding
+            pooled = around.amax((4, 5)) if block == "5b" else around.mean((4, 5))
+            x = torch.cat([conv(x, b + "1x1"), three, double, conv(pooled, b + "pool_proj")], 1)
         outputs[block] = x
     return outputs
 
@@ -116,7 +127,8 @@ def test_forward_against_the_table(height, width):
     assert found.shape == (1, 1024) and expected["5b"].std() > 0.1
     torch.testing.assert_close(found, expected["5b"].mean((2, 3)), rtol=1e-4, atol=1e-4)
     if height == 227:
-        assert [tuple(o.shape[1:]) for o in expected.values()] == [(row[-2], row[-1], row[-1]) for row in ROWS]
+        for (*_, out, side), output in zip(ROWS, expected.values(), strict=True):
+            assert output.shape[1:] == (out, side, side)
 
 
 def test_a_saved_state_loads_strictly_and_gives_the_same_output(tmp_path):
@@ -137,7 +149,8 @@ def test_a_file_like_the_public_checkpoint_loads(tmp_path):
 def serve_public_checkpoint(tmp_path, monkeypatch, digest):
     """The checkpoint where the download looks for it, but on this disk and under the given hash."""
     torch.save(public_state(), tmp_path / "draft")
-    file = tmp_path / f"bn_inception-{digest or hashlib.sha256((tmp_path / 'draft').read_bytes()).hexdigest()[:8]}.pth"
+    digest = digest or hashlib.sha256((tmp_path / "draft").read_bytes()).hexdigest()[:8]
+    file = tmp_path / f"bn_inception-{digest}.pth"
     (tmp_path / "draft").rename(file)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bgbias, "BNINCEPTION_URL", file.as_uri())
@@ -217,8 +230,8 @@ def torchvision_network(name):
 def before_classifier(network, x):
     """The input of the network's last layer."""
     seen = []
-    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000][-1]
-    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    handle = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     network(x)
     handle.remove()
     return seen[0]
@@ -256,14 +269,15 @@ def test_a_torchvision_backbone_from_a_file(name, tmp_path):
 def test_imagenet_weights_of_a_torchvision_backbone(monkeypatch):
     """Its default weights, as torchvision would download them."""
     state = torchvision_network("resnet18").state_dict()
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: state)
+    served = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(served, "get_state_dict", lambda *_, **__: state)
     torch.manual_seed(99)
     model = Embedder("resnet18", "imagenet", 64)
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
 
 
 def test_normalise_by_hand(bninception):
-    """One pixel of RGB (10, 20, 30): BGR minus the mean colour, or RGB by ImageNet's mean and deviation."""
+    """One pixel of RGB (10, 20, 30): BGR minus the mean colour; RGB by ImageNet's mean and std."""
     pixel = torch.tensor([10.0, 20.0, 30.0])[None, :, None, None]
     caffe = bninception.normalise(pixel)
     assert caffe.flatten().tolist() == [30 - 104, 20 - 117, 10 - 128]
@@ -284,7 +298,8 @@ def test_errors_name_the_flag_and_the_file(tmp_path):
     junk.write_text("<html>404</html>")
     torch.save(torchvision_network("squeezenet1_1").state_dict(), other)
     state = public_state()
-    for name, change in {"less.pth": {"conv2_3x3.weight": None}, "shape.pth": {"conv2_3x3.bias": torch.zeros(7)},
+    for name, change in {"less.pth": {"conv2_3x3.weight": None},
+                         "shape.pth": {"conv2_3x3.bias": torch.zeros(7)},
                          "more.pth": {"conv9.weight": torch.zeros(1)}}.items():
         torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / name)
     for backbone, weights, size, message in [
@@ -296,7 +311,7 @@ def test_errors_name_the_flag_and_the_file(tmp_path):
             ("bninception", tmp_path / "more.pth", 64, "Unexpected key.*conv9.weight"),
             ("resnet18", other, 64, f"--weights {other}: not a checkpoint of resnet18"),
             ("smallconv", other, 64, "not a checkpoint of smallconv"),
-            ("smallconv", "imagenet", 64, "--weights imagenet: smallconv has none; use --weights none"),
+            ("smallconv", "imagenet", 64, "--weights imagenet: smallconv has none"),
             ("resnet19", "none", 64, "--backbone resnet19: neither bninception, smallconv nor"),
             ("fcn_resnet50", "none", 64, "--backbone fcn_resnet50: neither"),
             ("vit_b_16", "none", 64, "--image-size 64: vit_b_16 cannot take it"),

@@ -1,4 +1,4 @@
-"""Batches of m images each of distinct classes: what every list has, and what they have in the long run."""
+"""Batches of m images each of distinct classes: what every one has, and all in the long run."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ def test_every_batch(m, batch_size):
         assert len(batch) == batch_size and len(images) == batch_size // m  # classes are distinct
         for label, own in images.items():
             assert len(own) == m
-            assert len(set(own)) == m or size[label] < m  # without replacement, unless it has too few
+            assert len(set(own)) == m or size[label] < m  # without replacement, or too few
 
 
 def test_the_images_of_a_class_lie_together():
@@ -47,13 +47,13 @@ def test_first_batches_do_not_depend_on_how_many_follow():
 
 
 def test_classes_and_their_images_are_equally_likely():
-    """1,000 batches of 5 of 10 classes: 500 +- 16 for each class, whatever its size, and 2 of 20 images."""
+    """1,000 batches of 5 of 10 classes: 500 +- 16 for each class, whatever its size."""
     batches = list(MPerClassSampler(LABELS, 2, 10, batches=1000, seed=1))
     classes = Counter(label for batch in batches for label in set(LABELS[batch].tolist()))
     assert len(classes) == len(SIZES) and all(420 < n < 580 for n in classes.values())
     images = Counter(i for batch in batches for i in batch)
     assert len(images) == len(LABELS)
-    of_twenty = [images[i] for i in np.flatnonzero(LABELS == 3 * 6 + 2)]  # 50 +- 7 each
+    of_twenty = [images[i] for i in np.flatnonzero(LABELS == 3 * 6 + 2)]  # 2 of 20: 50 +- 7 each
     assert min(of_twenty) > 20 and max(of_twenty) < 80
 
 
@@ -64,18 +64,19 @@ def test_impossible_batches_are_refused(m, batch_size):
 
 
 def test_images_per_class_of_the_paper():
-    assert {images_per_class(loss, 32, 74) for loss in PAIR} == {4}  # 8 classes x 4 images
-    assert {images_per_class(loss, 32, 74) for loss in CLASSIFICATION} == {1}  # 32 classes x 1 image
+    """Batches of 32: 8 classes x 4 images for pair losses, 32 x 1 for classification losses."""
+    assert {images_per_class(loss, 32, 74) for loss in PAIR} == {4}
+    assert {images_per_class(loss, 32, 74) for loss in CLASSIFICATION} == {1}
 
 
 @pytest.mark.parametrize("loss, batch_size, classes, m", [
     ("triplet", 32, 8, 4), ("triplet", 32, 7, 8), ("triplet", 32, 3, 16), ("triplet", 32, 1, 32),
-    ("arcface", 32, 31, 2), ("arcface", 32, 10, 4), ("contrastive", 30, 99, 5), ("arcface", 7, 3, 7)])
+    ("arcface", 32, 31, 2), ("arcface", 32, 10, 4), ("arcface", 7, 3, 7), ("triplet", 30, 99, 5)])
 def test_with_few_classes_a_class_has_more_images(loss, batch_size, classes, m):
     assert images_per_class(loss, batch_size, classes) == m
     MPerClassSampler(np.arange(classes), m, batch_size, 1, 0)  # and that is a batch it can draw
 
 
 def test_a_batch_too_small_for_the_loss_is_refused():
-    with pytest.raises(UserError, match="--batch-size 3: a triplet batch has 4 images of each class"):
+    with pytest.raises(UserError, match="--batch-size 3: a triplet batch has 4 images of each"):
         images_per_class("triplet", 3, 50)

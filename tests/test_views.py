@@ -1,4 +1,4 @@
-"""One geometry for a photo and its mask, replacement by hand, torchvision on PIL images as the referee."""
+"""One geometry for photo and mask, replacement by hand, torchvision on PIL images as referee."""
 
 from types import SimpleNamespace
 
@@ -9,17 +9,20 @@ from PIL import Image
 from torchvision import transforms
 
 import bgbias
-from bgbias import Batches, Embedder, Photos, UserError, conditions, loader, random_view, replace_background
+from bgbias import (
+    Batches, Embedder, Photos, UserError, conditions, loader, random_view, replace_background)
 
 AUTHORS_TRAIN = transforms.Compose([  # on PIL images, with the paper's numbers
-    transforms.RandomResizedCrop(40, scale=(0.16, 1), ratio=(0.75, 1.33)), transforms.RandomHorizontalFlip(0.5)])
+    transforms.RandomResizedCrop(40, scale=(0.16, 1), ratio=(0.75, 1.33)),
+    transforms.RandomHorizontalFlip(0.5)])
 
 
 def picture(width, height, seed=0):
     """A photo with large shapes and some noise, as (H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
-    return (np.asarray(coarse) + rng.normal(0, 12, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    coarse = np.asarray(coarse.resize((width, height), Image.BICUBIC))
+    return (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
 
 
 def save(folder, arrays):
@@ -30,7 +33,8 @@ def save(folder, arrays):
     return paths
 
 
-SIZES = [(90, 60), (60, 90), (61, 61), (47, 130), (200, 33), (30, 30)]  # wide, tall, odd, and to be enlarged
+# Wide, tall, odd, and to be enlarged.
+SIZES = [(90, 60), (60, 90), (61, 61), (47, 130), (200, 33), (30, 30)]
 
 
 @pytest.fixture
@@ -42,7 +46,9 @@ def album(tmp_path):
 
 @pytest.mark.parametrize("crop", [None, 40])
 def test_decoding_against_torchvision_on_pil(album, crop):
-    steps = [transforms.Resize(45)] + ([transforms.CenterCrop(crop)] if crop else []) + [transforms.PILToTensor()]
+    steps = [transforms.Resize(45), transforms.CenterCrop(crop or 45), transforms.PILToTensor()]
+    if crop is None:
+        del steps[1]
     for path, photo in zip(album[0], Photos(*album, 45, crop), strict=True):
         expected = transforms.Compose(steps)(Image.open(path))
         assert photo.dtype == torch.uint8 and photo.shape == (4, *expected.shape[1:])
@@ -52,7 +58,7 @@ def test_decoding_against_torchvision_on_pil(album, crop):
 
 @pytest.mark.parametrize("crop", [None, 40])
 def test_photo_and_mask_take_one_geometry(album, crop):
-    """The mask is the green channel, so it stays the green channel, whatever crop and flip follow."""
+    """The mask is the green channel, so it stays that, whatever crop and flip follow."""
     for photo in Photos(*album, 45, crop):
         assert torch.equal(photo[3], photo[1])
         torch.manual_seed(0)
@@ -69,7 +75,7 @@ def test_random_view_against_torchvision_on_pil():
         torch.manual_seed(seed)
         view = random_view(photo, 40)
         torch.manual_seed(seed)
-        expected = torch.from_numpy(np.asarray(AUTHORS_TRAIN(Image.fromarray(array))).copy()).permute(2, 0, 1)
+        expected = transforms.functional.pil_to_tensor(AUTHORS_TRAIN(Image.fromarray(array)))
         assert view.shape == (3, 40, 40)
         worst = max(worst, (view.int() - expected.int()).abs().max().item())
     assert worst <= 2
@@ -78,7 +84,8 @@ def test_random_view_against_torchvision_on_pil():
 def test_half_of_the_views_are_flipped():
     ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(1, 60, 60)
     torch.manual_seed(0)
-    flipped = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in (random_view(ramp, 16) for _ in range(400)))
+    views = [random_view(ramp, 16) for _ in range(400)]
+    flipped = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
     assert 160 < flipped < 240  # 200 +- 10
 
 
@@ -106,7 +113,7 @@ def test_free_memory_is_some_of_the_machines():
 
 
 def test_kinds_of_image_files(tmp_path):
-    """Grey, palette and 16-bit files become 8-bit RGB; EXIF rotation is not applied, as for the masks."""
+    """Grey, palette and 16-bit files become 8-bit RGB; as for masks, no EXIF rotation."""
     grey = np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
@@ -122,7 +129,7 @@ def test_kinds_of_image_files(tmp_path):
 
 def test_errors_name_the_file(album):
     Image.fromarray(picture(60, 90)[:, :, 0]).save(album[1][0])
-    with pytest.raises(UserError, match=f"{album[1][0]}: mask of .60, 90. px .* delete it and run masks.py"):
+    with pytest.raises(UserError, match=f"{album[1][0]}: mask of .60, 90. px .* run masks.py"):
         Photos(*album, 45)
     album[0][0].write_bytes(album[0][0].read_bytes()[:500])
     with pytest.raises(UserError, match=f"{album[0][0]}: not a readable image"):
@@ -139,7 +146,8 @@ def batches(photos, lists, train=True, pool=POOL, draws=2, seed=(1, 2)):
 
 def test_batches_hold_the_listed_photos(album):
     photos = Photos(*album, 45, 40)
-    for rows, (found, backgrounds) in zip([[0, 3], [5, 1, 1]], batches(photos, [[0, 3], [5, 1, 1]], train=False)):
+    lists = [[0, 3], [5, 1, 1]]
+    for rows, (found, backgrounds) in zip(lists, batches(photos, lists, train=False)):
         assert torch.equal(found, torch.stack([photos[i] for i in rows]))
         assert backgrounds.shape == (2, len(rows), 3, 40, 40) and backgrounds.dtype == torch.uint8
     found, backgrounds = batches(photos, [[0, 0, 0]], train=True, draws=0)[0]
@@ -201,8 +209,8 @@ def test_replacement_at_mask_zero_one_and_between():
 def test_conditions_by_hand():
     """Two pixels, all foreground and three fifths; each condition is one line of arithmetic."""
     model = Embedder("smallconv", "none", 32)
-    photo = torch.tensor([[200, 100], [50, 100], [0, 100], [255, 153]], dtype=torch.uint8).reshape(1, 4, 1, 2)
-    drawn = torch.tensor([[10, 20], [30, 40], [50, 60]], dtype=torch.uint8).reshape(1, 1, 3, 1, 2)
+    photo = torch.tensor([[200, 100], [50, 100], [0, 100], [255, 153]]).reshape(1, 4, 1, 2)
+    drawn = torch.tensor([[10, 20], [30, 40], [50, 60]]).reshape(1, 1, 3, 1, 2)
     mean, std = (np.array(RGB) * 255 for RGB in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     first, second = np.array([200, 50, 0]), np.array([100, 100, 100])
     pixels = {
@@ -211,7 +219,7 @@ def test_conditions_by_hand():
         "object_only": (first, 0.6 * second + 0.4 * mean),
         "background_only": (mean, 0.4 * second + 0.6 * mean),
     }
-    found = dict(conditions(photo, drawn, model, everything=True))
+    found = dict(conditions(photo.byte(), drawn.byte(), model, everything=True))
     assert list(found) == list(pixels)
     for name, pair in pixels.items():
         expected = (np.stack(pair, axis=1) - mean[:, None]) / std[:, None]
@@ -222,4 +230,5 @@ def test_conditions_without_draws_are_clean_only():
     model, photo = Embedder("smallconv", "none", 32), torch.zeros(2, 4, 3, 3, dtype=torch.uint8)
     assert [name for name, _ in conditions(photo, torch.empty(0), model)] == ["clean"]
     two = torch.zeros(2, 2, 3, 3, 3, dtype=torch.uint8)
-    assert [name for name, _ in conditions(photo, two, model)] == ["clean", "replaced_0", "replaced_1"]
+    found = [name for name, _ in conditions(photo, two, model)]
+    assert found == ["clean", "replaced_0", "replaced_1"]
