@@ -121,6 +121,7 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResize
 DRAWS = 5  # random draws of backgrounds at test time; validation draws once an epoch
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # else 1, 2, 4, 8
 CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
+GROUP = 32  # of the search for the nearest neighbours
 EVAL_BATCH = 64  # part of the seed of the evaluation's backgrounds: not a flag
 
 # Network input: channel order, mean, standard deviation, for pixels in [0, 255].
@@ -171,11 +172,14 @@ def dataset_root(dataset, data):
     return Path(dataset)
 
 
-def need(file):
-    """`file`, if it is there. Raises UserError."""
+def need(file, read):
+    """read(file) of a dataset's list. Raises UserError if it is missing or broken."""
     if not file.exists():
         raise UserError(f"{file}: missing list; see README, Data")
-    return file
+    try:
+        return read(file)
+    except Exception as error:  # scipy raises nearly anything
+        raise UserError(f"{file}: broken list ({error!r}); get it again, README, Data") from error
 
 
 def list_cars196(root):
@@ -189,15 +193,18 @@ def list_cars196(root):
         test = test if (root / test).exists() else f"devkit/{test}"
         lists = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
                  (test, "cars_test", "fname")]
-    return [(root / folder / row[field], int(row["class"]) - 1) for file, folder, field in lists
-            for row in loadmat(need(root / file), simplify_cells=True)["annotations"]]
+    return [item for file, folder, field in lists for item in need(root / file, lambda file: [
+        (root / folder / row[field], int(row["class"]) - 1)
+        for row in loadmat(file, simplify_cells=True)["annotations"]])]
 
 
 def list_sop(root):
     """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
-    rows = [line.split() for name in ("Ebay_train.txt", "Ebay_test.txt")
-            for line in need(root / name).read_text().splitlines()[1:]]
-    return [(root / path, int(label) - 1) for _, label, _, path in rows]
+    def read(file):
+        rows = (line.split() for line in file.read_text().splitlines()[1:])
+        return [(root / path, int(label) - 1) for _, label, _, path in rows]
+
+    return need(root / "Ebay_train.txt", read) + need(root / "Ebay_test.txt", read)
 
 
 def list_folder(root):
@@ -335,8 +342,10 @@ def make_toy(root, seed=2022):
             toy_texture([seed, k, i, 1], 80).save(draft / "backgrounds" / part / f"{i:02d}.png")
     try:
         draft.rename(root)
-    except OSError:  # another run was faster
+    except OSError:  # another run was faster, or the error stands
         shutil.rmtree(draft)
+        if not root.exists():
+            raise
     return root
 
 
@@ -387,12 +396,18 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Bytes that can be had without swapping: what Linux says, elsewhere half the machine's."""
+    """Bytes that can be had: what Linux and, if any, the container's limit say; elsewhere half."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                       for name in ("memory.max", "memory.current"))
+        return min(free, limit - used)
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
 
 
 def random_view(photo, size):
@@ -605,7 +620,8 @@ def build_backbone(name, weights):
         raise UserError(f"--weights imagenet: no download ({error}); use --weights FILE") from error
     if weights not in ("imagenet", "none"):
         load_weights(network, name, weights)
-    network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too
+    network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
+    network.transform_input = weights != "none"  # and rescale the input as their weights want it
     classifier = [n for n, layer in network.named_modules()
                   if 1000 in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
     network.set_submodule(classifier[-1], nn.Identity())
@@ -751,7 +767,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
     `gallery` (N, D), other embeddings of the same items, it queries those; its own never counts. R
     is the number of other items with the query's label; queries with R = 0 are left out. Raises
-    ValueError if that leaves none. Section 4.3. In chunks, so memory does not grow with N squared.
+    ValueError if that leaves none, FloatingPointError on nan or inf. Section 4.3. Works in chunks:
+    memory does not grow with N squared.
     """
     # DIFF: of equally near items the wrong come first; in the authors' library the order decides.
     # An embedding that maps everything to one point scores 0 so, whatever the order of the files.
@@ -763,27 +780,39 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     queries = others.argsort()[(others == 0).sum():]  # those of similar R share a chunk
     if len(queries) == 0:
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
-    norms, sums = gallery.square().sum(dim=1) / 2, Counter()
-    for q in queries.split(max(1, 2**24 // len(gallery))):
+    if not (embeddings.isfinite().all() and gallery.isfinite().all()):
+        raise FloatingPointError("the embeddings are not finite")
+    padding = -len(gallery) % GROUP  # makes N a multiple of GROUP; these are infinitely far
+    offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
+    gallery, sums = F.pad(gallery, (0, 0, 0, padding)), Counter()
+    for q in queries.split(max(1, 2**22 // len(gallery))):
         R = others[q, None]  # (Q, 1)
-        near = (embeddings[q] @ gallery.T).sub_(norms)  # (Q, N), ordered as minus the distance
+        near = torch.addmm(offsets, embeddings[q], gallery.T)  # (Q, N), larger is nearer
         near.scatter_(1, q[:, None], -math.inf)
         slots = torch.arange(int(R.max()) + 1, device=q.device)
         own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
         right = near.gather(1, own).masked_fill_(slots > R, -math.inf)
         right = right.sort(descending=True).values[:, :-1]  # (Q, R), without the query itself
         # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
-        best = near.topk(min(2 * len(slots) - 1, near.shape[1])).values
+        best = largest(near, min(2 * len(slots) - 1, near.shape[1]))
         hits = slots[1:]  # how many right items there are up to each right item, itself included
         rank = hits + at_least(best, right) - at_least(right, right)
         found = (rank <= R) & (hits <= R)
         sums["map@r"] += ((found * hits / rank).sum(dim=1, keepdim=True) / R).sum()
         sums["r_precision"] += (found.sum(dim=1, keepdim=True) / R).sum()
-        nearest = right[:, :1]
-        wrong_before = (near >= nearest).sum(dim=1) - (right >= nearest).sum(dim=1)
+        nearest = right[:, :1].clone()
+        wrong_before = near.ge_(nearest).sum(dim=1) - right.ge_(nearest).sum(dim=1)  # 0.0 and 1.0
         for k in ks:
             sums[f"recall@{k}"] += (wrong_before < k).sum()
     return {name: float(total) / len(queries) for name, total in sums.items()}
+
+
+def largest(values, k):
+    """The k largest of each row of values (Q, N), N a multiple of GROUP: (Q, k), sorted. They lie
+    in the k groups with the largest maxima, so that one quick pass leaves little to sort."""
+    groups = values.unflatten(1, (GROUP, -1))  # (Q, GROUP, N / GROUP): a group is a column
+    chosen = groups.amax(dim=1).topk(min(k, groups.shape[2])).indices
+    return groups.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1).topk(k).values
 
 
 def at_least(values, bounds):
@@ -925,6 +954,10 @@ class Trainer:
         except Stopped:
             self.save("last.pt")
             raise
+        except FloatingPointError as error:
+            epoch = self.progress["epoch"]
+            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; {self.run} keeps the one "
+                            "before; lower --lr and start --fresh") from error
         if not (self.run / "best.pt").exists():  # --epochs 0: the untrained network is the result
             self.save("best.pt")
 
@@ -952,7 +985,7 @@ class Trainer:
                 raise Stopped
 
     def train_step(self, photos, backgrounds, labels):
-        """One optimiser step; returns the loss. Raises UserError if it is not finite."""
+        """One optimiser step; returns the loss. Raises FloatingPointError if it is not finite."""
         p = self.progress
         torch.manual_seed(mix(self.args.seed, STEP, p["epoch"], p["step"]))  # for dropout
         images, masks = unpack(photos)
@@ -960,8 +993,7 @@ class Trainer:
             images = replace_background(images, masks, backgrounds[0].float())
         loss = self.loss(self.model(self.model.normalise(images)), labels)
         if not math.isfinite(value := loss.item()):
-            raise UserError(f"--lr {self.args.lr}: the loss is {value} in epoch {p['epoch']}; "
-                            f"{self.run} keeps the state before; lower --lr and start --fresh")
+            raise FloatingPointError(f"the loss is {value}")
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -1020,33 +1052,37 @@ def number(low, kind=int):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"Defaults are the paper's. With --dataset toy: {DEFAULTS['toy']}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="toy", help="toy, cars196, cub200, sop or FOLDER of images/<class>/")
-    add("--loss", default="contrastive", choices=LOSSES, help="training loss")
-    add("--bgaugment", action="store_true", help="replace the background of every training image")
-    add("--data", default="data", help="folder that holds the named datasets")
-    add("--backgrounds", help="folder with val/ and test/ photos; else DATA/unsplash_backgrounds")
-    add("--runs", default="runs", help="folder that holds the run folders")
-    add("--seed", type=number(0), default=42, help="fixes every random number")
-    add("--epochs", type=number(0), help="at most so many; 0 tests the untrained network")
-    add("--iterations", type=number(1), help="batches an epoch")
-    add("--patience", type=number(1), default=15, help="epochs without a better one to stop after")
-    add("--batch-size", type=number(2), default=32, help="images a batch")
-    add("--lr", type=number(0, float), help="learning rate of the network (class weights: HPARAMS)")
-    add("--backbone", help="bninception, smallconv or a torchvision classifier such as resnet50")
-    add("--weights", help="imagenet, none (random) or a checkpoint file of the backbone")
-    add("--image-size", type=number(16), help="side of the crops in px, of photos 256/227 as wide")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=number(0), help="processes that prepare batches; else 8 for a GPU or 0")
-    add("--select", choices=("clean", "corrupted"),
-        help="validation that picks the best epoch; else corrupted with --bgaugment, clean without")
-    add("--fresh", action="store_true", help="delete the run's folder and start over")
-    add("--test-only", action="store_true", help="test the run's best.pt again")
-    add("--nmi", action="store_true", help="report NMI of the test embeddings too (slow)")
-    toy = parser.parse_known_args(argv)[0].dataset == "toy"
-    parser.set_defaults(**DEFAULTS["toy" if toy else "paper"])
+        epilog=f"Defaults, in brackets, are the paper's. With --dataset toy: {DEFAULTS['toy']}.")
+
+    def add(flag, help, **options):
+        takes_value = "action" not in options
+        parser.add_argument(flag, help=help + " [%(default)s]" * takes_value, **options)
+
+    add("--dataset", "toy, cars196, cub200, sop or FOLDER of images/<class>/", default="toy")
+    add("--loss", "training loss", choices=LOSSES, default="contrastive")
+    add("--bgaugment", "replace the background of every training image", action="store_true")
+    add("--data", "folder that holds the named datasets", default="data")
+    add("--backgrounds", "folder with val/ and test/ photos; None: DATA/unsplash_backgrounds")
+    add("--runs", "folder that holds the run folders", default="runs")
+    add("--seed", "fixes every random number", type=number(0), default=42)
+    add("--epochs", "at most so many; 0 tests the untrained network", type=number(0))
+    add("--iterations", "batches an epoch", type=number(1))
+    add("--patience", "stop after so many epochs without a better", type=number(1), default=15)
+    add("--batch-size", "images a batch", type=number(2), default=32)
+    add("--lr", "learning rate of the network, not of class weights", type=number(0, float))
+    add("--backbone", "bninception, smallconv or a torchvision classifier such as resnet50")
+    add("--weights", "imagenet, none (random) or a checkpoint file of the backbone")
+    add("--image-size", "side of the crops in px; photos: 256/227 of it", type=number(16))
+    add("--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
+    add("--workers", "processes that prepare batches; None: 8 for a GPU, else 0", type=number(0))
+    add("--select", "validation that picks the epoch; None: corrupted with --bgaugment, else clean",
+        choices=("clean", "corrupted"))
+    add("--fresh", "delete the run's folder and start over", action="store_true")
+    add("--test-only", "test the run's best.pt again", action="store_true")
+    add("--nmi", "report NMI of the test embeddings too (slow)", action="store_true")
+    parser.set_defaults(**DEFAULTS["paper"])
+    if parser.parse_known_args(argv)[0].dataset == "toy":
+        parser.set_defaults(**DEFAULTS["toy"])
     return complete(parser.parse_args(argv))
 
 
@@ -1084,11 +1120,12 @@ def open_run(args):
         if args.test_only:
             raise UserError(f"--test-only: no run in {run}; train it first")
         run.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                             cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = shutil.which("git") and subprocess.run(
+            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True, text=True).stdout.strip()
         gpu = args.device.startswith("cuda")
         write_json(file, {
-            "args": vars(args), "git": git.stdout.strip() or "unknown",
+            "args": vars(args), "git": git or "unknown",
             "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
             "python": sys.version.split()[0], "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": np.__version__})

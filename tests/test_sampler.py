@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bgbias import CLASSIFICATION, PAIR, MPerClassSampler, UserError, images_per_class
+from bgbias import CLASSIFICATION, LOSSES, MPerClassSampler, UserError, images_per_class
 
 SIZES = [1, 3, 4, 5, 9, 9, 20, 20, 20, 30]  # photos a class: some have fewer than m
 LABELS = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(SIZES)) + 2, SIZES))
@@ -59,13 +59,13 @@ def test_classes_and_their_images_are_equally_likely():
 
 @pytest.mark.parametrize("m, batch_size", [(4, 30), (1, 11), (4, 44), (64, 32)])
 def test_impossible_batches_are_refused(m, batch_size):
-    with pytest.raises(ValueError, match=f"{batch_size} images are not {m} each"):
+    with pytest.raises(ValueError, match=f"no {batch_size} images, {m} each, from 10 classes"):
         MPerClassSampler(LABELS, m, batch_size, 1, 0)
 
 
 def test_images_per_class_of_the_paper():
     """Batches of 32: 8 classes x 4 images for pair losses, 32 x 1 for classification losses."""
-    assert {images_per_class(loss, 32, 74) for loss in PAIR} == {4}
+    assert {images_per_class(loss, 32, 74) for loss in set(LOSSES) - set(CLASSIFICATION)} == {4}
     assert {images_per_class(loss, 32, 74) for loss in CLASSIFICATION} == {1}
 
 
@@ -78,5 +78,5 @@ def test_with_few_classes_a_class_has_more_images(loss, batch_size, classes, m):
 
 
 def test_a_batch_too_small_for_the_loss_is_refused():
-    with pytest.raises(UserError, match="--batch-size 3: a triplet batch has 4 images of each"):
+    with pytest.raises(UserError, match="--batch-size 3: triplet takes at least 4"):
         images_per_class("triplet", 3, 50)

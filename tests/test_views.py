@@ -104,7 +104,7 @@ def test_streaming_says_so_and_gives_the_same(album, monkeypatch, capsys):
     monkeypatch.setattr(bgbias, "free_memory", lambda: 20_000)
     streamed = Photos(*album, 45, 40)
     assert streamed.kept is None
-    assert "6 photos need" in (said := capsys.readouterr().out) and "at every use" in said
+    assert "6 photos, 0.0 GiB decoded, do not fit" in (said := capsys.readouterr().out) and "at every use" in said
     assert all(torch.equal(kept[i], streamed[i]) for i in range(len(SIZES)))
 
 
@@ -129,10 +129,10 @@ def test_kinds_of_image_files(tmp_path):
 
 def test_errors_name_the_file(album):
     Image.fromarray(picture(60, 90)[:, :, 0]).save(album[1][0])
-    with pytest.raises(UserError, match=f"{album[1][0]}: mask of .60, 90. px .* run masks.py"):
+    with pytest.raises(UserError, match=f"{album[1][0]}: its size is .60, 90., the photo.s is .90, 60.; .* run masks.py"):
         Photos(*album, 45)
     album[0][0].write_bytes(album[0][0].read_bytes()[:500])
-    with pytest.raises(UserError, match=f"{album[0][0]}: not a readable image"):
+    with pytest.raises(UserError, match=f"{album[0][0]}: no readable image"):
         Photos(*album, 45)
 
 
