@@ -494,6 +494,7 @@ class MPerClassSampler:
     number or several) gives the same lists. Raises ValueError if there are too few classes."""
 
     def __init__(self, labels, m, batch_size, batches, seed):
+        labels = np.asarray(labels)
         self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self.m, self.batch_size, self.batches, self.seed = m, batch_size, batches, seed
         if batch_size % m or batch_size // m > len(self.members):
@@ -686,6 +687,9 @@ class Embedder(nn.Module):
 # 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 # --------------------------------------------------------------------------------------------------
 
+# Called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]); the lr_loss among
+# those is the optimiser's.
+
 
 def pairs(labels):
     """Positive and negative pairs, two (B, B) booleans: same label and i != j; other label."""
@@ -734,7 +738,7 @@ def class_cosines(embeddings, weight):
     return F.normalize(embeddings, dim=1) @ F.normalize(weight, dim=1).T
 
 
-def arcface(embeddings, labels, weight, *, margin, scale):
+def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
     """cross-entropy of scale cos(theta_c), for the own class scale cos(theta_c + margin degrees)
     (Deng et al. 2019, in the plain form for theta + margin > 180 degrees too)"""
     cosines = class_cosines(embeddings, weight)
@@ -744,7 +748,7 @@ def arcface(embeddings, labels, weight, *, margin, scale):
     return F.cross_entropy(scale * logits, labels)
 
 
-def normalized_softmax(embeddings, labels, weight, *, temperature):
+def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None):
     """cross-entropy of cos(e, W_c) / temperature  (Zhai & Wu 2019)"""
     return F.cross_entropy(class_cosines(embeddings, weight) / temperature, labels)
 
@@ -772,7 +776,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """
     # DIFF: of equally near items the wrong come first; in the authors' library the order decides.
     # An embedding that maps everything to one point scores 0 so, whatever the order of the files.
-    gallery = embeddings if gallery is None else gallery
+    embeddings = torch.as_tensor(embeddings)
+    gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     members, first = labels.argsort(), counts.cumsum(0) - counts  # items by label; its first
@@ -915,14 +920,14 @@ class Trainer:
         torch.manual_seed(mix(args.seed, INIT))
         weights = "none" if (run / "last.pt").exists() else args.weights  # no download to resume
         self.model = Embedder(args.backbone, weights, args.image_size).to(args.device)
-        hparams = dict(HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss])
+        hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
         groups = [{"params": self.model.parameters(), "lr": args.lr}]
         self.labels = index.labels[index.split["train"]]
         self.weight = None
         if args.loss in CLASSIFICATION:
             weight = torch.randn(self.labels.max() + 1, EMBEDDING)
             self.weight = nn.Parameter(weight.to(args.device))
-            groups.append({"params": [self.weight], "lr": hparams.pop("lr_loss")})
+            groups.append({"params": [self.weight], "lr": hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.loss = lambda e, y: LOSSES[args.loss](e, y, self.weight, **hparams)
         self.progress = dict(epoch=1, step=0, loss=0.0, seconds=0.0, best=-1.0, best_epoch=0)
@@ -1067,7 +1072,7 @@ def parse_args(argv=None):
     add("--seed", "fixes every random number", type=number(0), default=42)
     add("--epochs", "at most so many; 0 tests the untrained network", type=number(0))
     add("--iterations", "batches an epoch", type=number(1))
-    add("--patience", "stop after so many epochs without a better", type=number(1), default=15)
+    add("--patience", "epochs without improvement before it stops", type=number(1), default=15)
     add("--batch-size", "images a batch", type=number(2), default=32)
     add("--lr", "learning rate of the network, not of class weights", type=number(0, float))
     add("--backbone", "bninception, smallconv or a torchvision classifier such as resnet50")
