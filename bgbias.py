@@ -791,25 +791,32 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
     gallery, sums = F.pad(gallery, (0, 0, 0, padding)), Counter()
     for q in queries.split(max(1, 2**22 // len(gallery))):
-        R = others[q, None]  # (Q, 1)
         near = torch.addmm(offsets, embeddings[q], gallery.T)  # (Q, N), larger is nearer
         near.scatter_(1, q[:, None], -math.inf)
+        R = others[q, None]  # (Q, 1)
         slots = torch.arange(int(R.max()) + 1, device=q.device)
         own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
         right = near.gather(1, own).masked_fill_(slots > R, -math.inf)
         right = right.sort(descending=True).values[:, :-1]  # (Q, R), without the query itself
-        # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
-        best = largest(near, min(2 * len(slots) - 1, near.shape[1]))
-        hits = slots[1:]  # how many right items there are up to each right item, itself included
-        rank = hits + at_least(best, right) - at_least(right, right)
+        hits, rank, wrong_before = ranks(near, right)
         found = (rank <= R) & (hits <= R)
         sums["map@r"] += ((found * hits / rank).sum(dim=1, keepdim=True) / R).sum()
         sums["r_precision"] += (found.sum(dim=1, keepdim=True) / R).sum()
-        nearest = right[:, :1].clone()
-        wrong_before = near.ge_(nearest).sum(dim=1) - right.ge_(nearest).sum(dim=1)  # 0.0 and 1.0
         for k in ks:
             sums[f"recall@{k}"] += (wrong_before < k).sum()
     return {name: float(total) / len(queries) for name, total in sums.items()}
+
+
+def ranks(near, right):
+    """Of each query's right items, sorted from the nearest: how many there are up to it (R,), its
+    rank (Q, R), exact up to R, and how many wrong ones come before the first (Q,). near (Q, N) and
+    right (Q, R) are minus distances. Overwrites both."""
+    hits = torch.arange(1, right.shape[1] + 1, device=right.device)
+    # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
+    best = largest(near, min(2 * len(hits) + 1, near.shape[1]))
+    rank = hits + at_least(best, right) - at_least(right, right)
+    nearest = right[:, :1].clone()
+    return hits, rank, near.ge_(nearest).sum(dim=1) - right.ge_(nearest).sum(dim=1)  # of 0.0, 1.0
 
 
 def largest(values, k):
