@@ -541,6 +541,13 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 }
 
 
+def conv(width, out, kernel, stride=1):
+    """A padded convolution that, untrained, keeps the scale: no BatchNorm here does (Section 4)."""
+    layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
+    nn.init.kaiming_normal_(layer.weight)
+    return layer
+
+
 class BNInception(nn.Module):
     """BN-Inception (Ioffe & Szegedy 2015): (B, 3, H, W) BGR, mean-subtracted -> (B, 1024).
     Its parameters are named as in the public checkpoint bn_inception-52deb4733.pth."""
@@ -563,10 +570,10 @@ class BNInception(nn.Module):
                 self.add(f"{name}_pool_proj", width, projection, 1)
 
     def add(self, name, width, out, kernel, stride=1):
-        self.add_module(name, nn.Conv2d(width, out, kernel, stride, kernel // 2))
+        self.add_module(name, conv(width, out, kernel, stride))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(out))
 
-    def conv(self, x, *names):
+    def branch(self, x, *names):
         for name in names:
             x = F.relu(self.get_submodule(f"{name}_bn")(self.get_submodule(name)(x)))
         return x
@@ -577,16 +584,16 @@ class BNInception(nn.Module):
         stride, padding = (1, 1) if one else (2, 0)
         pooling = F.avg_pool2d if pool == "avg" else F.max_pool2d
         pooled = pooling(x, 3, stride, padding, ceil_mode=True)
-        branches = [self.conv(x, f"{name}_1x1")] if one else []
-        branches.append(self.conv(x, f"{name}_3x3_reduce", f"{name}_3x3"))
+        branches = [self.branch(x, f"{name}_1x1")] if one else []
+        branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
         double = ("reduce", "1", "2")
-        branches.append(self.conv(x, *(f"{name}_double_3x3_{part}" for part in double)))
-        branches.append(self.conv(pooled, f"{name}_pool_proj") if projection else pooled)
+        branches.append(self.branch(x, *(f"{name}_double_3x3_{part}" for part in double)))
+        branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
         return torch.cat(branches, dim=1)
 
     def forward(self, x):
-        x = self.conv(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
-        x = self.conv(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
+        x = self.branch(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
+        x = self.branch(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
         x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # (B, 192, 28, 28)
         for block in BLOCKS:
             x = self.block(x, block)
@@ -597,9 +604,7 @@ def smallconv():
     """Four 3x3 convolution blocks for the toy set: (B, 3, H, W) -> (B, 128)."""
     layers = []
     for width, out in itertools.pairwise((3, 16, 32, 64, 128)):
-        conv = nn.Conv2d(width, out, 3, padding=1)
-        nn.init.kaiming_normal_(conv.weight)  # keeps the scale, there being no BatchNorm
-        layers += [conv, nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [conv(width, out, 3), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers[:-1], nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
 
