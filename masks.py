@@ -1,5 +1,4 @@
-"""Foreground masks for every image of a dataset, made with rembg's u2net as the paper's, and their
-quality.
+"""Foreground masks of a dataset's images, by rembg's u2net as in the paper, and how good they are.
 
     python masks.py --dataset cub200                       # masks for every image that has none yet
     python masks.py --dataset my_photos --model u2netp     # FOLDER/images/<class>/*.jpg
@@ -60,10 +59,10 @@ def load_model(name):
     try:
         session = new_session(name)
     except Exception as error:  # offline, broken file: each library below has its own classes
-        file = Path(os.environ.get("U2NET_HOME") or "~/.u2net", f"{name}.onnx")
-        raise UserError(f"{file}: no such model, and no download, or it is broken "
-                        f"({type(error).__name__}); put the file there, from "
-                        "github.com/danielgatis/rembg/releases/tag/v0.0.0") from error
+        home = os.environ.get("U2NET_HOME") or "a folder that U2NET_HOME names"
+        raise UserError(f"--model {name}: no download, or a broken file ({type(error).__name__}); "
+                        "get it from github.com/danielgatis/rembg/releases/tag/v0.0.0 and put it, "
+                        f"as {name}.onnx, into {home}") from error
     print(f"{name} on {session.inner_session.get_providers()[0]}", flush=True)
     return lambda pixels: remove(pixels, session=session, only_mask=True)
 
@@ -88,7 +87,7 @@ def make_masks(images, masks, model):
         return Row(image, mask, "new", looks(found))
 
     made = {row.image: row for row in parallel(make, todo, model)}
-    return [made.get(pair[0], Row(*pair, "skipped")) for pair in zip(images, masks)]
+    return [made.get(image, Row(image, mask, "skipped")) for image, mask in zip(images, masks)]
 
 
 def whole(path):
@@ -227,7 +226,10 @@ def sample(rows):
 
 
 def contact_sheet(entries, out):
-    """Writes the PNG `out`: photo, mask and cut-out of each entry (image, mask (H, W), caption)."""
+    """Writes the PNG `out`: photo, mask and cut-out of each entry (image, mask (H, W), caption).
+    Raises UserError if there is none."""
+    if not entries:
+        raise UserError(f"--sheet {out}: no image with a mask to show")
     width, height = 3 * THUMB + 16, THUMB + 20
     sheet = Image.new("RGB", (ACROSS * width, -(-len(entries) // ACROSS) * height), "white")
     for i, (image, mask, caption) in enumerate(entries):
@@ -281,7 +283,7 @@ def main(argv=None):
     if args.check:
         results, sound = check(args.check, args.model), True
         print_quality(results)
-        worst = sorted(results, key=lambda row: row[0])[:SHEET]
+        worst = sorted((row for row in results if row[3]), key=lambda row: row[0])[:SHEET]
         entries = [(image, mask, f"{truth} IoU {iou:.2f}") for iou, _, truth, image, mask in worst]
     else:
         index = load_index(ALIASES.get(args.dataset, args.dataset), args.data, need_masks=False)

@@ -171,10 +171,10 @@ def test_with_nothing_to_do_no_model_is_needed(dataset, model, capsys):
 
 def test_kill_leaves_whole_masks_only(tmp_path, capsys):
     root = tmp_path / "shop"
-    for i in range(300):
+    for i in range(120):
         path = root / "images" / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(i, 160, 160)).save(path, compress_level=1)
+        Image.fromarray(noise(i, 96, 96)).save(path, compress_level=1)
     command = [sys.executable, masks.__file__, "--dataset", str(root)]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while job.poll() is None and len(list((root / "masks").rglob("*.png"))) < 5:
@@ -182,11 +182,11 @@ def test_kill_leaves_whole_masks_only(tmp_path, capsys):
     job.kill()
     assert job.wait() == -9, "the job ended before it was killed"
     left = sorted((root / "masks").rglob("*.png"))
-    assert 5 <= len(left) < 300
-    assert all(read(path).shape == (160, 160) for path in left)
+    assert 5 <= len(left) < 120
+    assert all(read(path).shape == (96, 96) for path in left)
     code, out, _ = run(capsys, "--dataset", root)
-    assert code == 0 and f"300 images: {300 - len(left)} new, {len(left)} skipped" in out
-    assert run(capsys, "--dataset", root, "--verify")[:2] == (0, "300 images: 300 present\n")
+    assert code == 0 and f"120 images: {120 - len(left)} new, {len(left)} skipped" in out
+    assert run(capsys, "--dataset", root, "--verify")[:2] == (0, "120 images: 120 present\n")
 
 
 def test_broken_images_are_listed_and_the_rest_is_made(dataset, capsys):
@@ -269,6 +269,11 @@ def test_sheet_shows_photo_mask_and_cutout_suspicious_first(dataset, tmp_path, c
     assert np.abs(cut - expected).max() <= 1 and mask.max() - mask.min() > 200
 
 
+def test_sheet_without_masks(dataset, tmp_path, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--verify", "--sheet", tmp_path / "sheet.png")
+    assert code == 2 and "no image with a mask" in err and not (tmp_path / "sheet.png").exists()
+
+
 def test_sheet_into_a_folder_that_is_not_there(dataset, tmp_path, capsys):
     code, _, err = run(capsys, "--dataset", dataset, "--sheet", tmp_path / "no/sheet.png")
     assert code == 2 and err.startswith("masks.py: error: --sheet") and err.count("\n") == 1
@@ -301,15 +306,16 @@ def test_a_model_that_cannot_be_downloaded(dataset, model, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     code, _, err = run(capsys, "--dataset", dataset, "--model", "u2netp")
     line = err.splitlines()[-1]  # those before are the downloader's
-    assert code == 2 and line.startswith(f"masks.py: error: {model / 'u2netp.onnx'}: ")
+    assert code == 2 and line.startswith("masks.py: error: --model u2netp: ")
+    assert line.endswith(f"as u2netp.onnx, into {model}")
     assert not (dataset / "masks").exists()
 
 
 def test_a_model_file_that_is_none(dataset, model, capsys):
     (model / "u2net.onnx").write_text("<html>404</html>")
     code, _, err = run(capsys, "--dataset", dataset)
-    assert code == 2 and err.startswith(f"masks.py: error: {model / 'u2net.onnx'}: ")
-    assert err.count("\n") == 1
+    assert code == 2 and err.startswith("masks.py: error: --model u2net: ")
+    assert err.endswith(f"as u2net.onnx, into {model}\n") and err.count("\n") == 1
 
 
 def test_without_rembg(dataset, monkeypatch, capsys):
