@@ -792,18 +792,21 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings are not finite")
-    padding = -len(gallery) % GROUP  # makes N a multiple of GROUP; these are infinitely far
+    # With one dimension more, an item's inner product with a query is the larger the nearer it is.
+    # Padding makes N a multiple of GROUP; what is padded on is infinitely far.
+    extended, padding = F.pad(embeddings, (0, 1), value=1), -len(gallery) % GROUP
     offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
-    gallery, sums = F.pad(gallery, (0, 0, 0, padding)), Counter()
-    for q in queries.split(max(1, 2**22 // len(gallery))):
-        near = torch.addmm(offsets, embeddings[q], gallery.T)  # (Q, N), larger is nearer
+    gallery = torch.cat([F.pad(gallery, (0, 0, 0, padding)), offsets[:, None]], dim=1)  # (N, D + 1)
+    chunk, sums = gallery.new_empty(max(1, 2**24 // len(gallery)), len(gallery)), Counter()
+    for q in queries.split(len(chunk)):
+        near = torch.mm(extended[q], gallery.T, out=chunk[:len(q)])  # (Q, N), in memory used before
         near.scatter_(1, q[:, None], -math.inf)
         R = others[q, None]  # (Q, 1)
         slots = torch.arange(int(R.max()) + 1, device=q.device)
         own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
         right = near.gather(1, own).masked_fill_(slots > R, -math.inf)
         right = right.sort(descending=True).values[:, :-1]  # (Q, R), without the query itself
-        hits, rank, wrong_before = ranks(near, right)
+        hits, rank, wrong_before = ranks(near, right, max(ks))
         found = (rank <= R) & (hits <= R)
         sums["map@r"] += ((found * hits / rank).sum(dim=1, keepdim=True) / R).sum()
         sums["r_precision"] += (found.sum(dim=1, keepdim=True) / R).sum()
@@ -812,16 +815,19 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     return {name: float(total) / len(queries) for name, total in sums.items()}
 
 
-def ranks(near, right):
+def ranks(near, right, k):
     """Of each query's right items, sorted from the nearest: how many there are up to it (R,), its
-    rank (Q, R), exact up to R, and how many wrong ones come before the first (Q,). near (Q, N) and
-    right (Q, R) are minus distances. Overwrites both."""
+    rank (Q, R), exact up to R, and how many wrong ones come before the first (Q,), exact below k.
+    near (Q, N) and right (Q, R) are minus distances; near may be overwritten."""
     hits = torch.arange(1, right.shape[1] + 1, device=right.device)
     # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
     best = largest(near, min(2 * len(hits) + 1, near.shape[1]))
     rank = hits + at_least(best, right) - at_least(right, right)
-    nearest = right[:, :1].clone()
-    return hits, rank, near.ge_(nearest).sum(dim=1) - right.ge_(nearest).sum(dim=1)  # of 0.0, 1.0
+    if k <= len(hits) + 1:
+        return hits, rank, rank[:, 0] - 1
+    nearest = right[:, :1]
+    right_too = (right >= nearest).sum(dim=1)
+    return hits, rank, near.ge_(nearest).sum(dim=1) - right_too  # in place: ones, quick to sum
 
 
 def largest(values, k):
