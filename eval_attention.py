@@ -1,21 +1,21 @@
-"""How much of what moves an image's embedding lies on the object: the attention score of "On Background Bias
-in Deep Metric Learning" (Kobs & Hotho 2022, Section 5), for every test image of runs of bgbias.py.
+"""How much of what moves an image's embedding lies on the object: the attention score of "On
+Background Bias in Deep Metric Learning" (Kobs & Hotho 2022, Section 5), for runs of bgbias.py.
 
-    python eval_attention.py runs/*                                         # scores and one table
+    python eval_attention.py runs/*                       # scores of all test images, one table
     python eval_attention.py runs/toy-contrastive-base-s42 runs/toy-contrastive-bgaugment-s42 \
         --figure attention.png --images 8 --sanity
-    python eval_attention.py runs/sop-triplet-base-s42 --shard 1/4 --device cuda:0    # and 2/4, 3/4, 4/4
+    python eval_attention.py runs/sop-triplet-base-s42 --shard 1/4 --device cuda:0  # 2/4, 3/4, 4/4
 
-1 is all attention on the object, 0 as much as chance, negative looks at the background. Everything but
-the device comes from a run's config.json, so start it in the folder the run was trained in. Scores go to
-RUN/attention.npz (arrays image, score, a, p; score is nan where undefined); the same command goes on
-after an interruption and starts over if best.pt is another.
+1 is all attention on the object, 0 as much as chance, negative looks at the background. All but the
+device comes from a run's config.json, so start it in the folder the run was trained in. Scores go
+to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined). The same command
+goes on after an interruption, and starts over if best.pt is another.
 
-Memory: the copies of a batch of images keep at most 1 GiB for the backward pass on a CPU, 0.4 of the
-free memory on a GPU (but always one image's); the peak is about twice that.
+Memory: what the copies of a batch keep for the backward pass is at most 128 MiB on a CPU (more is
+slower), 0.4 of the free memory on a GPU, or one image's if that is more; the peak is twice that.
 
-Shapes as in bgbias.py. Sections: 1. constants, 2. the score, 3. scores of a run, 4. table, 5. figure,
-6. whether to believe it, 7. command line.
+Shapes as in bgbias.py. Sections: 1. constants, 2. the score, 3. scores of a run, 4. table,
+5. figure, 6. whether to believe it, 7. command line.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from tqdm import tqdm
 import bgbias
 from bgbias import UserError
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Constants
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-COPIES, SIGMA, QUANTILE = 25, 0.15, 0.99  # noisy copies, noise in units of the image's range, clipping
+COPIES, SIGMA, QUANTILE = 25, 0.15, 0.99  # copies; their noise, in the image's range; clipping
 
 PAPER_ATTENTION = {  # mean, standard deviation over the test images: base, BGAugment (Section 5)
     "cars196": {
@@ -62,15 +62,16 @@ PAPER_ATTENTION = {  # mean, standard deviation over the test images: base, BGAu
 NOISE, RANDOM, PICK = range(100, 103)  # purposes of a seed, beside bgbias.py's
 EVERY = 60  # seconds between two writes of the scores
 MOST = 32  # images a batch: past some hundred copies a GPU gains nothing
+CPU_ROOM, GPU_ROOM = 2**27, 0.4  # bytes; share of the free memory
 RESAMPLES = 2000  # of the bootstrap
 SANITY = 200  # images of --sanity
-ABOUT_ZERO = 0.05  # what a network with random weights may score: less than the paper's smallest score
+ABOUT_ZERO = 0.05  # what random weights may score: less than the paper's smallest
 CELL, GAP, TEXT = 216, 6, 17  # px of the figure: four cells are a README's width
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The score
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def euclidean(embeddings, others):
@@ -88,27 +89,31 @@ DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity":
 
 
 def attention_map(model, images, black_embedding, distance, generator):
-    """Where the distance to the black image's embedding is sensitive: (B, 3, H, W) -> (B, H, W) in [0, 1].
+    """Where the distance to the black image's embedding is sensitive: (B, 3, H, W) -> (B, H, W) in
+    [0, 1]. Section 5.
 
-    images: the network's input; model: (N, 3, H, W) -> (N, D), treating images apart (BatchNorm in eval mode);
-    black_embedding (1, D); distance: euclidean or cosine; generator: of the noise, or a list of B, one an image
-    (then an image's noise does not depend on the batch). A flat map is 0 everywhere. Section 5.
+    images: the network's input. model: (N, 3, H, W) -> (N, D), one image not touching another
+    (BatchNorm in eval mode). black_embedding: (1, D). distance: euclidean or cosine. generator: of
+    the noise, or a list of B, one an image, so that the batch does not matter. A flat map is all 0.
     """
-    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
-    noise = torch.stack([torch.randn(COPIES, *images.shape[1:], generator=g, device=g.device, dtype=images.dtype)
-                         for g in generators]).to(images.device)  # (B, 25, 3, H, W)
+    generators = generator if isinstance(generator, list) else [generator] * len(images)
+    noise = torch.stack([
+        torch.randn(COPIES, *images.shape[1:], generator=g, device=g.device, dtype=images.dtype)
+        for g in generators]).to(images.device)  # (B, 25, 3, H, W)
     sigma = SIGMA * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))
-    copies = (images[:, None] + sigma[:, None, None, None, None] * noise).flatten(0, 1).requires_grad_()
-    target = distance(model(copies), black_embedding).sum() / COPIES  # every image's mean: they do not mix
-    gradient, = torch.autograd.grad(target, copies)  # no gradients of the weights
-    G = gradient.mean(dim=1).abs().unflatten(0, (-1, COPIES)).sum(dim=1)  # signed mean over the channels
+    copies = images[:, None] + sigma[:, None, None, None, None] * noise
+    copies = copies.flatten(0, 1).requires_grad_()  # (B * 25, 3, H, W)
+    target = distance(model(copies), black_embedding).sum() / COPIES  # sum of the images' means
+    gradient, = torch.autograd.grad(target, copies)  # none of the weights
+    gradient = gradient.mean(dim=1).abs()  # signed mean over the channels first
+    G = gradient.unflatten(0, (-1, COPIES)).sum(dim=1)  # (B, H, W)
     low, high = G.amin((1, 2)), G.flatten(1).quantile(QUANTILE, dim=1)
     span = (high - low).clamp(min=torch.finfo(G.dtype).tiny)  # 0 / 0 is 0
     return ((G - low[:, None, None]) / span[:, None, None]).clip(0, 1)
 
 
 def shares(attention, mask):
-    """Share of the attention on the object and of the image that is object, (B,) and (B,), float64.
+    """Share of the attention on the object, share of the image that is object: two (B,) float64.
     attention (B, H, W); mask (B, 1, H, W) or (B, H, W) in [0, 1], soft, 1 = foreground."""
     attention = attention.double()
     mask = mask.double().reshape(attention.shape)
@@ -116,8 +121,8 @@ def shares(attention, mask):
 
 
 def attention_score(attention, mask):
-    """(a - p) / (1 - p) of shares(): (B, H, W), (B, 1, H, W) -> (B,) up to 1, 0 = chance; nan where it is
-    undefined, that is p = 1 or no attention anywhere. Section 5."""
+    """(a - p) / (1 - p) of shares(): (B, H, W), (B, 1, H, W) -> (B,), at most 1, 0 = chance; nan where
+    it is undefined: p = 1, or no attention anywhere. Section 5."""
     return above_chance(*shares(attention, mask))
 
 
@@ -125,9 +130,9 @@ def above_chance(a, p):
     return torch.where(p < 1, (a - p) / (1 - p), torch.nan)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Scores of a run
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Run = namedtuple("Run", "folder args images masks")  # of the test split
 
@@ -140,29 +145,35 @@ def open_run(folder, device="auto", workers=None):
             raise UserError(f"{folder / name}: missing; give folders of finished runs of bgbias.py")
     try:
         saved = json.loads((folder / "config.json").read_text())["args"]
-        args = bgbias.complete(argparse.Namespace(**saved | {"device": device, "workers": workers}))
+        args = argparse.Namespace(**saved | {"device": device, "workers": workers})
+        args = bgbias.complete(args)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not of this bgbias.py ({error!r}); train again with --fresh") from error
+        raise UserError(f"{folder / 'config.json'}: not of this bgbias.py ({error!r}); train again "
+                        "with --fresh") from error
     try:
         index = bgbias.load_index(args.dataset, args.data)
     except UserError as error:
-        raise UserError(f"{error} (as {folder / 'config.json'} says, whose paths start where it was trained)") from error
+        raise UserError(f"{folder / 'config.json'}: {error} (its paths start in the folder the run "
+                        "was trained in)") from error
     return Run(folder, args, *bgbias.pick(index, index.split["test"]))
 
 
 def load_model(run):
     """The run's best epoch, on its device. Raises UserError."""
-    model, file = bgbias.Embedder(run.args.backbone, "none", run.args.image_size), run.folder / "best.pt"
+    args, file = run.args, run.folder / "best.pt"
+    model = bgbias.Embedder(args.backbone, "none", args.image_size)
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
     except Exception as error:  # noqa: BLE001 - pickle, zip and torch each raise their own
-        raise UserError(f"{file}: not a checkpoint of {run.args.backbone} ({' '.join(str(error).split())[:150]}); "
-                        "train again with --fresh") from error
-    return frozen(model, run.args.device)
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{file}: not a checkpoint of {args.backbone} ({reason}); train again with "
+                        "--fresh") from error
+    return frozen(model, args.device)
 
 
 def frozen(model, device):
-    """Without gradients of weights nothing is kept for them; channels_last is 1.3 times as fast, on a CPU too."""
+    """`model` for input gradients only: nothing is kept for the weights', and channels_last is the
+    faster layout, on a CPU too."""
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -179,25 +190,31 @@ def images_per_batch(model, size, device):
         held = model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
     image = COPIES * sum(n for pointer, n in kept.items() if pointer not in weights)
     del held  # till here, so that no two tensors share an address
-    room = 0.4 * torch.cuda.mem_get_info(device)[0] if str(device).startswith("cuda") else 2**30
+    cuda = str(device).startswith("cuda")
+    room = GPU_ROOM * torch.cuda.mem_get_info(device)[0] if cuda else CPU_ROOM
     return max(1, min(MOST, int(room / image)))
 
 
 def attention_maps(run, model, rows):
-    """Yields (rows, photos (B, 4, S, S) uint8, attention (B, S, S) on the CPU) of test images, by batches."""
-    args = run.args
+    """Yields (rows, photos (B, 4, S, S) uint8, attention (B, S, S)) of test images, on the CPU."""
+    args, size = run.args, run.args.image_size
     with torch.no_grad():
-        black = model(model.normalise(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device)))
-    B = images_per_batch(model, args.image_size, args.device)
-    lists = [rows[i : i + B] for i in range(0, len(rows), B)]
-    photos = bgbias.Photos(run.images, run.masks, args.short_side, args.image_size, keep=False)
-    batches = bgbias.Batches(photos, lists, args.image_size, False, None, 0, (args.seed,))
+        black = model(model.normalise(torch.zeros(1, 3, size, size, device=args.device)))
+    lists = torch.tensor(rows).split(images_per_batch(model, size, args.device))
+    batches = bgbias.Batches(test_photos(run), lists, size, False, None, 0, (args.seed,))
     for rows, (photos, _) in zip(lists, bgbias.loader(batches, args)):
         if bgbias.STOP:
             raise bgbias.Stopped
-        generators = [torch.Generator(args.device).manual_seed(bgbias.mix(args.seed, NOISE, row)) for row in rows]
+        seeds = [bgbias.mix(args.seed, NOISE, int(row)) for row in rows]
+        generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
         images = model.normalise(photos[:, :3].to(args.device).float())
-        yield rows, photos, attention_map(model, images, black, DISTANCES[args.loss], generators).cpu()
+        attention = attention_map(model, images, black, DISTANCES[args.loss], generators)
+        yield rows, photos, attention.cpu()
+
+
+def test_photos(run):
+    args = run.args
+    return bgbias.Photos(run.images, run.masks, args.short_side, args.image_size, keep=False)
 
 
 def score_images(run, model, rows):
@@ -209,27 +226,26 @@ def score_images(run, model, rows):
 
 
 def score_run(run, shard=(1, 1)):
-    """{image path: (score, a, p)} of what is scored of a run's test images, after scoring the i-th of every n.
-    Writes RUN/attention.npz, or RUN/attention-IofN.npz until all shards are there. Raises UserError, Stopped."""
+    """Scores what is left of the i-th of every n test images; {image path: (score, a, p)} of all
+    scored so far. Writes RUN/attention.npz; a shard writes RUN/attention-IofN.npz, and the last one
+    attention.npz too. Raises UserError; Stopped, with all saved."""
     i, n = shard
     part = "attention.npz" if n == 1 else f"attention-{i}of{n}.npz"
     scores = read_scores(run)
     todo = [row for row in range(i - 1, len(run.images), n) if str(run.images[row]) not in scores]
-    bar = tqdm(total=len(todo), desc=str(run.folder), unit="image", disable=None if todo else True)
-    written = time.monotonic()
-    try:
-        for image, values in score_images(run, load_model(run), todo) if todo else ():
-            scores[image] = values
-            bar.update()
-            if time.monotonic() > written + EVERY:
-                write_scores(run, part, scores)
-                written = time.monotonic()
-    finally:  # whatever stops it
-        bar.close()
-        if todo:
+    if todo:
+        written = time.monotonic()
+        found = score_images(run, load_model(run), todo)
+        try:
+            for image, values in tqdm(found, str(run.folder), len(todo), disable=None):
+                scores[image] = values
+                if time.monotonic() > written + EVERY:
+                    write_scores(run, part, scores)
+                    written = time.monotonic()
+        finally:  # whatever ends it
             write_scores(run, part, scores)
     scores = read_scores(run)  # other shards may have written meanwhile
-    if len(scores) == len(run.images) and not (n == 1 and todo):
+    if len(scores) == len(run.images) and any(run.folder.glob("attention-*of*.npz")):
         write_scores(run, "attention.npz", scores)
     return scores
 
@@ -240,47 +256,53 @@ def checkpoint_id(run):
 
 def read_scores(run):
     """What RUN's attention*.npz hold of this best.pt and these test images. Raises UserError."""
-    wanted, scores, id_now = {str(p) for p in run.images}, {}, checkpoint_id(run)
+    scores, best = {}, checkpoint_id(run)
     for file in sorted(run.folder.glob("attention*.npz")):
         try:
             with np.load(file) as saved:
-                if saved["best"] == id_now:
-                    scores |= zip(saved["image"].tolist(), zip(*(saved[k].tolist() for k in ("score", "a", "p"))))
+                values = np.stack([saved[name] for name in ("score", "a", "p")], axis=1).tolist()
+                if saved["best"] == best:
+                    scores |= zip(saved["image"].tolist(), values, strict=True)
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{file}: not readable ({error}); delete it") from error
-    return {image: values for image, values in scores.items() if image in wanted}
+    return {str(p): scores[str(p)] for p in run.images if str(p) in scores}
 
 
 def write_scores(run, name, scores):
     score, a, p = np.array(list(scores.values())).reshape(-1, 3).T
     buffer = io.BytesIO()
-    np.savez(buffer, image=np.array(list(scores), str), score=score, a=a, p=p, best=checkpoint_id(run))
+    images = np.array(list(scores), str)
+    np.savez(buffer, image=images, score=score, a=a, p=p, best=checkpoint_id(run))
     bgbias.write(run.folder / name, lambda draft: draft.write_bytes(buffer.getbuffer()))
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Table
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pair_up(runs):
-    """{(dataset, loss, seed): {"base": Run, "bgaugment": Run}}, either may lack. Raises UserError."""
+    """{(dataset, loss, seed): {"base": Run, "bgaugment": Run}}, or one of them. Raises UserError."""
     pairs = {}
     for run in runs:
-        args = run.args
-        pair = pairs.setdefault((Path(args.dataset).resolve().name, args.loss, args.seed), {})
-        kind = "bgaugment" if args.bgaugment else "base"
+        name = Path(run.args.dataset).resolve().name
+        pair = pairs.setdefault((name, run.args.loss, run.args.seed), {})
+        kind = "bgaugment" if run.args.bgaugment else "base"
+        other = next(iter(pair.values()), run)
         if kind in pair:
-            raise UserError(f"{run.folder}: the same dataset, loss and seed as {pair[kind].folder}; give one of them")
+            raise UserError(f"{run.folder}: the same dataset, loss and seed as "
+                            f"{pair[kind].folder}; give one of them")
+        if run.images != other.images:
+            raise UserError(f"{run.folder}: has other test images than {other.folder}; give runs "
+                            "trained with the same --data")
         pair[kind] = run
     return pairs
 
 
 def compare(base, other, seed=0):
-    """Mean of other - base over the images both define, its 95 % bootstrap interval over images, and the share
-    of images where it is positive; each {image: (score, a, p)}. None if there are no such images."""
-    gain = np.array([other[image][0] - base[image][0] for image in sorted(base.keys() & other.keys())])
-    gain = gain[np.isfinite(gain)]
+    """Mean of other - base over the images, the bounds of its 95 % bootstrap interval, the share of
+    images where it is positive. Both {image: (score, a, p)}; None if no image has both scores."""
+    gain = finite([other[image][0] - base[image][0] for image in base])
     if not len(gain):
         return None
     rng = np.random.default_rng(seed)
@@ -288,19 +310,21 @@ def compare(base, other, seed=0):
     return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
 
 
+def finite(values):
+    values = np.asarray(values, np.float64)
+    return values[np.isfinite(values)]
+
+
 def summary(scores):
-    """Mean +- standard deviation (ddof 1) of the defined scores, as text."""
-    values = np.array([score for score, _, _ in scores.values()])
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return "too few images"
-    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+    """Mean ± standard deviation over the images (ddof 1), as text."""
+    values = finite([score for score, _, _ in scores.values()])
+    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else "undefined"
 
 
 def table(pairs, scores):
-    """Markdown: base and BGAugment side by side; `scores` is {run folder: {image: (score, a, p)}}."""
-    lines = ["| run | images | base | + BGAugment | paper: base | + BGAugment | difference [95 %] | improved |",
-             "|---|---|---|---|---|---|---|---|"]
+    """Markdown: base and BGAugment side by side; scores {run folder: {image: (score, a, p)}}."""
+    lines = ["| run | images | base | + BGAugment | paper: base | + BGAugment | difference [95 %] "
+             "| improved |", "|---|---|---|---|---|---|---|---|"]
     notes = []
     for (dataset, loss, seed), pair in pairs.items():
         found = {kind: scores[run.folder] for kind, run in pair.items()}
@@ -308,35 +332,45 @@ def table(pairs, scores):
         paper = PAPER_ATTENTION.get(dataset, {}).get(loss)
         paper = [f"{mean:.2f} ± {std:.2f}" for mean, std in paper] if paper else ["-", "-"]
         gain = compare(found["base"], found["bgaugment"]) if len(found) == 2 else None
-        gain = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain), f"{100 * gain[3]:.0f} %"] if gain else ["-", "-"]
-        cells = [f"{dataset} {loss} s{seed}", f"{max(map(len, found.values())):,}", *ours, *paper, *gain]
+        gain = [interval(gain), f"{100 * gain[3]:.0f} %"] if gain else ["-", "-"]
+        images = f"{len(next(iter(found.values()))):,}"
+        cells = [f"{dataset} {loss} s{seed}", images, *ours, *paper, *gain]
         lines.append(f"| {' | '.join(cells)} |")
-        notes += [f"\n{pair[kind].folder}: {note}" for kind in pair if (note := undefined(found[kind]))]
-    return "\n".join(lines + notes)
+        notes += [undefined(run.folder, found[kind]) for kind, run in pair.items()]
+    return "\n".join(lines + [note for note in notes if note])
 
 
-def undefined(scores):
-    """One line that counts and names the images without a score, or nothing."""
+def interval(gain):
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
+
+
+def undefined(folder, scores):
+    """A line that counts and names the images without a score, or nothing."""
     names = [image for image, (score, _, _) in scores.items() if not np.isfinite(score)]
+    if not names:
+        return ""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return names and (f"{len(names):,} of {len(scores):,} images left out, their mask is full or their map flat: "
-                      f"{', '.join(names[:5])}{more}")
+    return (f"\n{folder}: {len(names):,} of {len(scores):,} images left out, their mask is full or "
+            f"their map flat: {', '.join(names[:5])}{more}")
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. Figure
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def choose(run, found, wanted, worst):
-    """Test images to show, as rows: their names, or their number, by seed or where the two runs differ most."""
+    """Rows of the test images to show. wanted: their names, or how many of those with both
+    scores, by seed or, with `worst`, where the two differ most. Raises UserError."""
     images = [str(p) for p in run.images]
     if not (len(wanted) == 1 and wanted[0].isdigit()):
-        rows = [[i for i, image in enumerate(images) if f"/{image}".endswith(f"/{name}")] for name in wanted]
-        if [] in rows:
-            raise UserError(f"--images {wanted[rows.index([])]}: no test image of {run.folder}; see its attention.npz")
-        return [row[0] for row in rows]
-    gaps = np.array([found["bgaugment"][image][0] - found["base"][image][0] for image in images])
+        hits = [[k for k, image in enumerate(images) if f"/{image}".endswith(f"/{name}")]
+                for name in wanted]
+        if [] in hits:
+            raise UserError(f"--images {wanted[hits.index([])]}: no test image of {run.folder}; "
+                            "its attention.npz lists them")
+        return [rows[0] for rows in hits]
+    gaps = [found["bgaugment"][image][0] - found["base"][image][0] for image in images]
     rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(images))
     rows = [int(row) for row in rows if np.isfinite(gaps[row])]
     if worst:
@@ -345,24 +379,28 @@ def choose(run, found, wanted, worst):
 
 
 def figure(pair, found, rows, file):
-    """Writes a PNG: a row per image: photo, mask outline, base and BGAugment heat maps with their scores."""
-    run = pair["base"]
-    photos = bgbias.Photos(run.images, run.masks, run.args.short_side, run.args.image_size, keep=False)
-    pictures = [[TF.to_pil_image(x).resize((CELL, CELL), Image.LANCZOS) for x in photos[row].split((3, 1))]
-                for row in rows]
-    columns = {"photo": [photo for photo, _ in pictures], "mask": [outlined(*both) for both in pictures]}
+    """Writes a PNG, a row per image: photo, mask, base and BGAugment heat maps and their scores."""
+    photos, resize = test_photos(pair["base"]), Image.Image.resize
+    pictures = [[resize(TF.to_pil_image(x), (CELL, CELL), Image.LANCZOS)
+                 for x in photos[row].split((3, 1))] for row in rows]
+    columns = {"photo": [photo for photo, _ in pictures],
+               "mask": [outlined(photo, mask) for photo, mask in pictures]}
     for kind, title in (("base", "base"), ("bgaugment", "+ BGAugment")):
-        maps = [a for _, _, batch in attention_maps(pair[kind], load_model(pair[kind]), rows) for a in batch]
-        columns[title] = [outlined(heated(photo, a), mask) for a, (photo, mask) in zip(maps, pictures)]
-        for row, cell in zip(rows, columns[title]):
+        run = pair[kind]
+        maps = [a for _, _, batch in attention_maps(run, load_model(run), rows) for a in batch]
+        columns[title] = []
+        for row, a, (photo, mask) in zip(rows, maps, pictures):
+            cell = outlined(heated(photo, a), mask)
             label(cell, f"{found[kind][str(run.images[row])][0]:.2f}")
-    canvas = Image.new("RGB", (4 * (CELL + GAP) - GAP, 2 * TEXT + len(rows) * (CELL + GAP)), "white")
+            columns[title].append(cell)
+    step, top = CELL + GAP, 2 * TEXT
+    canvas = Image.new("RGB", (len(columns) * step - GAP, top + len(rows) * step - GAP), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
-    for x, (title, cells) in zip(range(0, canvas.width, CELL + GAP), columns.items()):
+    for x, (title, cells) in zip(range(0, canvas.width, step), columns.items()):
         draw.text((x + CELL / 2, TEXT), title, "black", font, anchor="mm")
         for k, cell in enumerate(cells):
-            canvas.paste(cell, (x, 2 * TEXT + k * (CELL + GAP)))
-    bgbias.write(Path(file), lambda draft: canvas.save(draft, "PNG"))
+            canvas.paste(cell, (x, top + k * step))
+    bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
 
 
 def label(cell, text):
@@ -375,7 +413,8 @@ def label(cell, text):
 def outlined(photo, mask):
     """The photo with the edge of its mask, where the soft mask crosses one half."""
     inside = mask.point(lambda value: 255 * (value >= 128))
-    edge = ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(3)), inside.filter(ImageFilter.MinFilter(3)))
+    larger, smaller = (inside.filter(f(3)) for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    edge = ImageChops.subtract(larger, smaller)
     return Image.composite(Image.new("RGB", photo.size, (0, 255, 255)), photo, edge)
 
 
@@ -389,103 +428,106 @@ def heated(photo, attention):
     return Image.fromarray((grey * (1 - alpha) + colour * alpha).astype(np.uint8))
 
 
-# ----------------------------------------------------------------------------------------------------
-# 6. Whether to believe it: input gradients can mislead (Shah et al. 2021), so four checks beyond the paper
-# ----------------------------------------------------------------------------------------------------
-
-
-def sample(run):
-    """Rows of at most SANITY test images, the same for all runs of a seed."""
-    return sorted(np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY].tolist())
+# --------------------------------------------------------------------------------------------------
+# 6. Whether to believe it: input gradients can mislead (Shah et al. 2021). Beyond the paper.
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def occlusion(run, model, rows):
-    """How far the embedding moves when the background is swapped and when the object is, and what is object:
-    three (N,). Both take the same photo of the test pool; no gradients involved."""
+    """How far the embedding moves when the background is swapped, when the object is, and the share
+    of the image that is object: (3, N). A photo of the test pool takes their place. No gradients."""
     args, moves = run.args, []
-    photos = bgbias.Photos(run.images, run.masks, args.short_side, args.image_size, keep=False)
     pool = bgbias.Photos(bgbias.list_backgrounds(args.backgrounds, "test"), None, args.short_side)
-    lists = [rows[i : i + bgbias.EVAL_BATCH] for i in range(0, len(rows), bgbias.EVAL_BATCH)]
-    batches = bgbias.Batches(photos, lists, args.image_size, False, pool, 1, (args.seed, bgbias.TEST))
-    for photo, (drawn,) in bgbias.loader(batches, args):
-        image, mask = photo[:, :3].to(args.device).float(), photo[:, 3:].to(args.device) / 255
-        drawn = drawn.to(args.device).float()
-        swaps = (image, bgbias.replace_background(image, mask, drawn), bgbias.replace_background(drawn, mask, image))
-        e, *moved = (model(model.normalise(x)) for x in swaps)
-        moves.append(torch.stack([*(DISTANCES[args.loss](e, other) for other in moved), mask.mean((1, 2, 3))]).cpu())
+    lists, seed = torch.tensor(rows).split(bgbias.EVAL_BATCH), (args.seed, bgbias.TEST)
+    batches = bgbias.Batches(test_photos(run), lists, args.image_size, False, pool, 1, seed)
+    for photos, (drawn,) in bgbias.loader(batches, args):
+        photos, drawn = photos.to(args.device), drawn.to(args.device).float()
+        image, mask = photos[:, :3].float(), photos[:, 3:] / 255
+        swapped = [bgbias.replace_background(image, mask, drawn),
+                   bgbias.replace_background(drawn, mask, image)]
+        e, *moved = (model(model.normalise(x)) for x in (image, *swapped))
+        moved = [DISTANCES[args.loss](e, other) for other in moved]
+        moves.append(torch.stack([*moved, mask.mean((1, 2, 3))]).cpu())
     return torch.cat(moves, dim=1)
-
-
-def random_scores(run, rows):
-    """{image: (score, a, p)} of the same network with random weights."""
-    torch.manual_seed(bgbias.mix(run.args.seed, RANDOM))
-    model = frozen(bgbias.Embedder(run.args.backbone, "none", run.args.image_size), run.args.device)
-    return dict(score_images(run, model, rows))
-
-
-def mean(values):
-    values = np.asarray(values, np.float64)
-    return values[np.isfinite(values)].mean()
 
 
 def oracles(run, rows):
     """Mean score of a map that is the mask, thresholded at one half, and of its complement."""
-    photos = bgbias.Photos(run.images, run.masks, run.args.short_side, run.args.image_size, keep=False)
+    photos = test_photos(run)
     masks = torch.stack([photos[row][3] >= 128 for row in rows]).double()
-    return mean(attention_score(masks, masks)), mean(attention_score(1 - masks, masks))
+    return [finite(attention_score(maps, masks)).mean() for maps in (masks, 1 - masks)]
+
+
+def random_weights(run):
+    """The run's network before any training or pretraining."""
+    torch.manual_seed(bgbias.mix(run.args.seed, RANDOM))
+    model = bgbias.Embedder(run.args.backbone, "none", run.args.image_size)
+    return frozen(model, run.args.device)
+
+
+def check_run(run, scores):
+    """A row of sanity()'s first table, and its checks as [(what, found, holds)]."""
+    rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY]
+    rows = sorted(rows.tolist())
+    background, object_, p = occlusion(run, load_model(run), rows)
+    moved = above_chance(object_ / (object_ + background), p)
+    random = [score for _, (score, _, _) in score_images(run, random_weights(run), rows)]
+    ours = [scores[str(run.images[row])][0] for row in rows]
+    means = [finite(values).mean() for values in (ours, moved, background, object_, random)]
+    same, complement = oracles(run, rows)
+    name = run.folder.name
+    near_zero = abs(means[4]) <= ABOUT_ZERO
+    checks = [(f"{name}: random weights score about 0", f"{means[4]:+.3f}", near_zero),
+              (f"{name}: the mask as map scores 1", f"{same:.3f}", same == 1),
+              (f"{name}: its complement less than 0", f"{complement:+.3f}", complement < 0)]
+    return f"| {name} | {len(rows)} | {' | '.join(f'{value:.3f}' for value in means)} |", checks
 
 
 def sanity(pairs, scores):
-    """Markdown: per run the score beside occlusion's, then the checks and whether each holds."""
-    lines = ["", f"| run (at most {SANITY} images) | attention score | occlusion score | moved by background "
-             "| moved by object | random weights |", "|---|---|---|---|---|---|"]
+    """Markdown: the score beside occlusion's and that of random weights, and which checks hold."""
+    lines = ["\n| run | images | attention score | occlusion score | moved by background "
+             "| by object | random weights |", "|---|---|---|---|---|---|---|"]
     checks = []
-    for run in (run for pair in pairs.values() for run in pair.values()):
-        rows = sample(run)
-        ours = mean([scores[run.folder][str(run.images[row])][0] for row in rows])
-        background, object_, p = occlusion(run, load_model(run), rows)
-        moved = above_chance(object_ / (object_ + background), p)
-        random = mean([score for score, _, _ in random_scores(run, rows).values()])
-        lines.append(f"| {run.folder.name} | {ours:.3f} | {mean(moved):.3f} | {background.mean():.3f} "
-                     f"| {object_.mean():.3f} | {random:.3f} |")
-        same, complement = oracles(run, rows)
-        checks += [(f"{run.folder.name}: the mask as map scores 1, its complement less than 0",
-                    f"{same:.3f}, {complement:.3f}", same == 1 and complement < 0),
-                   (f"{run.folder.name}: random weights score 0 within {ABOUT_ZERO}", f"{random:.3f}",
-                    abs(random) <= ABOUT_ZERO)]
-    for (dataset, loss, seed), pair in pairs.items():
-        if dataset == "toy" and len(pair) == 2:
-            gain, low, high, _ = compare(scores[pair["base"].folder], scores[pair["bgaugment"].folder])
-            checks.append((f"toy {loss} s{seed}: BGAugment beats base", f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", low > 0))
-    lines += ["", "| check | found | holds |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {what} | {found} | {'yes' if holds else '**no**'} |" for what, found, holds in checks])
+    for (dataset, *_), pair in pairs.items():
+        for run in pair.values():
+            line, found = check_run(run, scores[run.folder])
+            lines, checks = [*lines, line], checks + found
+        if dataset == "toy" and len(pair) == 2:  # where the shortcut was planted
+            gain = compare(*(scores[pair[kind].folder] for kind in ("base", "bgaugment")))
+            what = f"{pair['bgaugment'].folder.name}: scores more than base"
+            checks.append((what, interval(gain), gain[1] > 0))
+    lines += ["\n| check | found | holds |", "|---|---|---|"]
+    for what, found, holds in checks:
+        lines.append(f"| {what} | {found} | {'yes' if holds else '**no**'} |")
+    return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. Command line
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+def shard(text):
+    i, n = (int(number) for number in text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with 1 <= I <= N")
+    return i, n
 
 
 def parse_args(argv=None):
-    def part(text):
-        i, n = (int(number) for number in text.split("/"))
-        if not 1 <= i <= n:
-            raise ValueError
-        return i, n
-
-    part.__name__ = "I/N with 1 <= I <= N"  # argparse: invalid ... value
-    parser = argparse.ArgumentParser(description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
+        epilog="A base and a BGAugment run of one dataset, loss and seed are compared.")
     add = parser.add_argument
-    add("runs", nargs="+", help="run folders; a base and a BGAugment run of one dataset, loss and seed are compared")
-    add("--shard", type=part, default=(1, 1), metavar="I/N", help="score the I-th of every N images only")
-    add("--figure", type=Path, metavar="PNG", help="draw the maps of one base and one BGAugment run")
-    add("--images", nargs="+", default=["8"], help="for --figure: how many, or file names")
-    add("--worst", action="store_true", help="for --figure: where the two runs differ most, instead of by seed")
-    add("--sanity", action="store_true", help="also check whether the score can be believed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=int, help="processes that prepare batches (default: 8 on a GPU, 0 on the CPU)")
+    add("runs", nargs="+", help="run folders")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="the I-th of every N images")
+    add("--figure", type=Path, metavar="PNG", help="draw the maps of a base and a BGAugment run")
+    add("--images", nargs="+", default=["8"], help="of --figure: how many (default: 8) or names")
+    add("--worst", action="store_true", help="of --figure: where the two differ most, not by seed")
+    add("--sanity", action="store_true", help=f"check the score on {SANITY} images of each run")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add("--workers", type=int, help="processes that load photos (default: 8, on a CPU 0)")
     return parser.parse_args(argv)
 
 
@@ -494,21 +536,22 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: bgbias.STOP.append(True))
     pairs = pair_up(open_run(folder, args.device, args.workers) for folder in args.runs)
     runs = [run for pair in pairs.values() for run in pair.values()]
-    if args.figure and not (len(pairs) == 1 and len(runs) == 2):
-        raise UserError("--figure: give one base and one BGAugment run of the same dataset, loss and seed")
+    if args.figure and (len(pairs), len(runs)) != (1, 2):
+        raise UserError(f"--figure {args.figure}: give one base and one BGAugment run of the same "
+                        "dataset, loss and seed")
     if args.figure and (args.figure.suffix != ".png" or not args.figure.parent.is_dir()):
         raise UserError(f"--figure {args.figure}: give a .png in a folder that exists")
     scores = {run.folder: score_run(run, args.shard) for run in runs}
     missing = {run.folder: len(run.images) - len(scores[run.folder]) for run in runs}
     if any(missing.values()):
-        folder, n = max(missing.items(), key=lambda item: item[1])
-        return print(f"shard {args.shard[0]}/{args.shard[1]} is done; {folder} lacks {n:,} images of the others")
+        print("\n".join(f"{folder}: {n:,} images left to the other shards, no table yet"
+                        for folder, n in missing.items() if n))
+        return
     print(table(pairs, scores))
     if args.figure:
         pair, = pairs.values()
         found = {kind: scores[run.folder] for kind, run in pair.items()}
         figure(pair, found, choose(pair["base"], found, args.images, args.worst), args.figure)
-        print(f"\n{args.figure}")
     if args.sanity:
         print(sanity(pairs, scores))
 
