@@ -12,7 +12,8 @@ to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined). 
 goes on after an interruption, and starts over if best.pt is another.
 
 Memory: what the copies of a batch keep for the backward pass is at most 128 MiB on a CPU (more is
-slower), 0.4 of the free memory on a GPU, or one image's if that is more; the peak is twice that.
+slower), 0.4 of the free memory on a GPU, or one image's if that is more (BN-Inception at 227 px:
+1.1 GiB). The peak beyond the network itself, measured on a CPU, is 1.3 times that.
 
 Shapes as in bgbias.py. Sections: 1. constants, 2. the score, 3. scores of a run, 4. table,
 5. figure, 6. whether to believe it, 7. command line.
@@ -51,7 +52,7 @@ PAPER_ATTENTION = {  # mean, standard deviation over the test images: base, BGAu
         "normalized_softmax": ((0.51, 0.09), (0.56, 0.09))},
     "cub200": {
         "arcface": ((0.25, 0.08), (0.33, 0.09)), "contrastive": ((0.25, 0.08), (0.32, 0.10)),
-        "multi_similarity": ((0.26, 0.08), (0.30, 0.09)), "triplet": ((0.24, 0.09), (0.33, 0.09)),
+        "multi_similarity": ((0.26, 0.08), (0.30, 0.09)), "triplet": ((0.24, 0.08), (0.33, 0.09)),
         "normalized_softmax": ((0.24, 0.08), (0.30, 0.08))},
     "sop": {
         "arcface": ((0.13, 0.14), (0.26, 0.17)), "contrastive": ((0.07, 0.16), (0.31, 0.20)),
@@ -467,8 +468,8 @@ def random_weights(run):
 
 
 def own_and_other(run, model, rows):
-    """Mean score with an image's own mask, and with the next image's. Objects are in the middle,
-    and so is any network's view of a photo: what the second has too is not looking at the object."""
+    """Mean score with an image's own mask, and with the next image's. Objects are central, and
+    so is any network's view of a photo: what the second has too is no attention to the object."""
     _, photos, maps = zip(*attention_maps(run, model, rows))
     masks, maps = torch.cat(photos)[:, 3] / 255, torch.cat(maps)
     return [finite(attention_score(maps, m)).mean() for m in (masks, masks.roll(1, dims=0))]

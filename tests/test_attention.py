@@ -1,5 +1,5 @@
-"""eval_attention.py: the score against hand-worked masks, the map against a loop over single copies and
-a closed form, and runs of bgbias.py through sharding, resuming, table, figure and every error."""
+"""eval_attention.py: the score against hand-worked masks, the map against a loop over single copies
+and a closed form, and runs of bgbias.py through shards, resuming, table, figure and each error."""
 
 import json
 import statistics
@@ -21,11 +21,11 @@ SIZE = 16  # px of the crops
 
 # Section 6 of the paper, as printed.
 PAPER = """
-arcface             cars196 0.49 0.10 0.56 0.10   cub200 0.25 0.08 0.33 0.09   sop 0.13 0.14 0.26 0.17
-contrastive         cars196 0.50 0.09 0.53 0.10   cub200 0.25 0.08 0.32 0.10   sop 0.07 0.16 0.31 0.20
-multi_similarity    cars196 0.52 0.09 0.50 0.09   cub200 0.26 0.08 0.30 0.09   sop 0.11 0.17 0.28 0.19
-normalized_softmax  cars196 0.51 0.09 0.56 0.09   cub200 0.24 0.08 0.30 0.08   sop 0.12 0.14 0.28 0.20
-triplet             cars196 0.50 0.09 0.54 0.09   cub200 0.24 0.09 0.33 0.09   sop 0.08 0.17 0.26 0.22
+arcface cars196 0.49 0.10 0.56 0.10 cub200 0.25 0.08 0.33 0.09 sop 0.13 0.14 0.26 0.17
+contrastive cars196 0.50 0.09 0.53 0.10 cub200 0.25 0.08 0.32 0.10 sop 0.07 0.16 0.31 0.20
+multi_similarity cars196 0.52 0.09 0.50 0.09 cub200 0.26 0.08 0.30 0.09 sop 0.11 0.17 0.28 0.19
+normalized_softmax cars196 0.51 0.09 0.56 0.09 cub200 0.24 0.08 0.30 0.08 sop 0.12 0.14 0.28 0.20
+triplet cars196 0.50 0.09 0.54 0.09 cub200 0.24 0.08 0.33 0.09 sop 0.08 0.17 0.26 0.22
 """
 
 
@@ -33,7 +33,8 @@ def test_paper_table():
     for line in PAPER.split("\n")[1:-1]:
         loss, *cells = line.split()
         for dataset, *numbers in (cells[0:5], cells[5:10], cells[10:15]):
-            assert [x for pair in ea.PAPER_ATTENTION[dataset][loss] for x in pair] == [float(n) for n in numbers]
+            base, bgaugment = ea.PAPER_ATTENTION[dataset][loss]
+            assert [*base, *bgaugment] == [float(n) for n in numbers]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +59,8 @@ def test_score_of_hand_worked_masks(mask, score):
 
 def test_score_is_undefined_for_full_masks_and_flat_maps():
     assert ea.attention_score(MAP[None], torch.ones(1, 1, 2, 2)).isnan().all()
-    assert ea.attention_score(torch.zeros(1, 2, 2), torch.tensor([[[[0.0, 1], [0, 1]]]])).isnan().all()
+    half = torch.tensor([[[[0.0, 1], [0, 1]]]])
+    assert ea.attention_score(torch.zeros(1, 2, 2), half).isnan().all()
 
 
 def test_score_of_the_mask_itself_is_exactly_1():
@@ -78,7 +80,8 @@ def small_network():
 
 
 def some_images(count=3):
-    return 100 * torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return 100 * torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64, generator=generator)
 
 
 def naive_map(model, image, black, loss, noise):
@@ -102,16 +105,16 @@ def naive_map(model, image, black, loss, noise):
 def test_map_is_that_of_one_copy_at_a_time(loss):
     model, images = small_network(), some_images(2)
     black = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).detach()
-    found = ea.attention_map(model, images, black, ea.DISTANCES[loss], torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(7)
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    found = ea.attention_map(model, images, black, ea.DISTANCES[loss], generators[0])
     for image, attention in zip(images, found):
-        noise = torch.randn(25, 3, SIZE, SIZE, dtype=torch.float64, generator=generator)
+        noise = torch.randn(25, 3, SIZE, SIZE, dtype=torch.float64, generator=generators[1])
         expected = naive_map(model, image, black, loss, noise)
         np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_map_of_a_linear_model_is_the_mean_of_its_weights():
-    """f(x) = w x: the distance to black is |w (x - black)|, its gradient +-w, whatever the noise."""
+    """f(x) = w x: the distance to black is |w (x - black)|, its gradient +-w with any noise."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 1)).double()
     w = model[1].weight.detach().reshape(3, 4, 5).numpy()
     images = 200 * torch.rand(2, 3, 4, 5, dtype=torch.float64)
@@ -133,7 +136,8 @@ def test_map_of_a_network_that_sees_nothing_is_flat():
     def constant(x):
         return 0 * x.flatten(1)[:, :8] + 1
 
-    found = ea.attention_map(constant, some_images(2), torch.zeros(1, 8), ea.euclidean, torch.Generator())
+    black = torch.zeros(1, 8)
+    found = ea.attention_map(constant, some_images(2), black, ea.euclidean, torch.Generator())
     assert (found == 0).all()
 
 
@@ -157,24 +161,26 @@ def test_map_does_not_depend_on_the_batch_or_its_order():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with two untrained runs, base and BGAugment, of 6 classes x 3 photos: 9 test images, of
-    which class_5/2.png has a full and class_5/1.png an empty mask."""
+    """A folder with two untrained runs, base and BGAugment, of 6 classes x 3 photos: 9 test images,
+    of which class_5/2.png has a full and class_5/1.png an empty mask."""
     root, rng = tmp_path_factory.mktemp("attention"), np.random.default_rng(0)
     for k in range(18):
         name = f"class_{k // 3}/{k % 3}.png"
         mask = np.zeros((24, 20), np.uint8)
         mask[6:18, 5:15] = 255
         mask = {16: 0 * mask, 17: 0 * mask + 255}.get(k, mask)
-        for kind, pixels in (("images", rng.integers(0, 256, (24, 20, 3), np.uint8)), ("masks", mask)):
+        photo = rng.integers(0, 256, (24, 20, 3), np.uint8)
+        for kind, pixels in (("images", photo), ("masks", mask)):
             (root / "photos" / kind / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(root / "photos" / kind / name)
     for part in ("val", "test"):
         (root / "pool" / part).mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(root / "pool" / part / "0.png")
+        background = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(background).save(root / "pool" / part / "0.png")
     for flags in ([], ["--bgaugment"]):
-        bgbias.main(["--dataset", str(root / "photos"), "--backgrounds", str(root / "pool"), "--epochs", "0",
+        bgbias.main(["--dataset", str(root / "photos"), "--backgrounds", str(root / "pool"),
                      "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
-                     "--image-size", str(SIZE), "--device", "cpu", *flags])
+                     "--epochs", "0", "--image-size", str(SIZE), "--device", "cpu", *flags])
     base, other = (root / f"runs/photos-contrastive-{kind}-s42" for kind in ("base", "bgaugment"))
     state = torch.load(other / "best.pt", weights_only=True)  # both start alike: move one
     state["model"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
@@ -216,6 +222,12 @@ def test_scores_do_not_depend_on_batch_size_or_shards(runs, monkeypatch):
         ea.score_run(run, (i, 3))
         assert (runs[0] / "attention.npz").exists() == (i == 3)
     np.testing.assert_allclose(scores_of(runs[0]), together, atol=1e-4)
+
+
+def test_a_shard_prints_no_table(runs, capsys):
+    ea.main([str(runs[0]), "--device", "cpu", "--shard", "2/3"])
+    out = capsys.readouterr().out
+    assert out == f"{runs[0]}: 6 images left to the other shards, no table yet\n"
 
 
 def test_interrupted_scoring_goes_on(runs, monkeypatch):
@@ -266,46 +278,53 @@ def test_another_checkpoint_starts_over(runs):
 def test_compare():
     rng = np.random.default_rng(0)
     base, gain = rng.normal(size=200), rng.normal(0.2, 1, 200)
-    before = {str(i): (b, 0, 0) for i, b in enumerate(base)} | {"full": (np.nan, 0, 1)}
-    after = {str(i): (b + g, 0, 0) for i, (b, g) in enumerate(zip(base, gain))} | {"full": (np.nan, 0, 1)}
+    before = {str(i): (b, 0, 0) for i, b in enumerate(base)}
+    after = {str(i): (b + g, 0, 0) for i, (b, g) in enumerate(zip(base, gain))}
+    before["full"] = after["full"] = (np.nan, 0, 1)
     mean, low, high, share = ea.compare(before, after)
     assert mean == pytest.approx(gain.mean())
     assert share == (gain > 0).sum() / 200
-    known = scipy.stats.bootstrap((gain,), np.mean, method="percentile", rng=1).confidence_interval
-    assert (low, high) == pytest.approx(tuple(known), abs=0.02)
+    known = scipy.stats.bootstrap((gain,), np.mean, method="percentile", rng=1)
+    assert (low, high) == pytest.approx(tuple(known.confidence_interval), abs=0.02)
 
 
 def test_summary():
-    found = ea.summary({"a": (0.25, 0, 0), "b": (np.nan, 0, 1), "c": (0.5, 0, 0), "d": (-1.0, 0, 0)})
+    values = {"a": 0.25, "b": np.nan, "c": 0.5, "d": -1.0}
+    found = ea.summary({image: (value, 0, 0) for image, value in values.items()})
     assert found == f"{-0.25 / 3:.3f} ± {statistics.stdev([0.25, 0.5, -1.0]):.3f}"
 
 
 def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
-    ea.main([*map(str, runs), "--device", "cpu", "--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"])
+    flags = ["--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"]
+    ea.main([*map(str, runs), "--device", "cpu", *flags])
     out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("| photos contrastive s42 | 9 |"))
+    row = out.splitlines()[2]
+    assert row.startswith("| photos contrastive s42 | 9 |")
     base, other = scores_of(runs[0])[:8, 0], scores_of(runs[1])[:8, 0]
-    assert f"| {base.mean():.3f} ± {base.std(ddof=1):.3f} | {other.mean():.3f} ± {other.std(ddof=1):.3f} |" in row
+    for values in (base, other):
+        assert f"| {values.mean():.3f} ± {values.std(ddof=1):.3f} |" in row
     assert f"| {(other - base).mean():+.3f} [" in row
     assert f"| {100 * (other > base).mean():.0f} % |" in row
     assert "nan" not in out.replace("attention.npz", "")
     assert "1 of 9 images left out" in out and "class_5/2.png" in out
     assert out.count("the mask as map scores 1 | 1.000 | yes |") == 2
-    assert Image.open(tmp_path / "a.png").size == (4 * ea.CELL + 3 * ea.GAP, 2 * ea.TEXT + 2 * ea.CELL + ea.GAP)
+    size = 4 * ea.CELL + 3 * ea.GAP, 2 * ea.TEXT + 2 * ea.CELL + ea.GAP
+    assert Image.open(tmp_path / "a.png").size == size
 
 
 def test_paper_numbers_stand_beside_ours(runs):
     run = ea.open_run(runs[0], "cpu")
     run.args.dataset, run.args.loss = "cub200", "triplet"
     lines = ea.table(ea.pair_up([run]), {run.folder: {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}})
-    assert lines.splitlines()[2] == ("| cub200 triplet s42 | 2 | 0.375 ± 0.177 | - | 0.24 ± 0.09 | 0.33 ± 0.09 "
-                                     "| - | - |")
+    assert lines.splitlines()[2] == (
+        "| cub200 triplet s42 | 2 | 0.375 ± 0.177 | - | 0.24 ± 0.08 | 0.33 ± 0.09 | - | - |")
 
 
 def test_choose(runs):
     run = ea.open_run(runs[0], "cpu")
+    gaps = [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
     found = {"base": {str(p): (0.0, 0, 0) for p in run.images},
-             "bgaugment": {str(p): (gap, 0, 0) for p, gap in zip(run.images, [0, 1, -9, 3, np.nan, 2, -4, 0, 0])}}
+             "bgaugment": {str(p): (gap, 0, 0) for p, gap in zip(run.images, gaps)}}
     assert ea.choose(run, found, ["3"], True) == [2, 6, 3]
     assert ea.choose(run, found, ["class_4/1.png", "class_3/0.png"], False) == [4, 0]
     assert sorted(ea.choose(run, found, ["20"], False)) == [0, 1, 2, 3, 5, 6, 7, 8]
@@ -328,7 +347,7 @@ def test_occlusion_moves_only_what_is_swapped(runs):
     run = ea.open_run(runs[0], "cpu")
     background, object_, p = ea.occlusion(run, ea.load_model(run), [6, 7, 8])
     assert p.tolist() == pytest.approx([p[0].item(), 0, 1])
-    assert (background[:2] > 1e-3).all() and background[2] < 1e-6  # a full mask leaves no background
+    assert (background[:2] > 1e-3).all() and background[2] < 1e-6  # a full mask has no background
     assert (object_[[0, 2]] > 1e-3).all() and object_[1] < 1e-6  # an empty one no object
 
 
@@ -394,7 +413,8 @@ def test_error_same_run_twice(capsys, runs, tmp_path):
 
 
 def test_error_figure(capsys, runs, tmp_path):
-    assert "one base and one BGAugment run" in error_of(capsys, runs[0], "--figure", tmp_path / "a.png")
+    line = error_of(capsys, runs[0], "--figure", tmp_path / "a.png")
+    assert "one base and one BGAugment run" in line
     assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "a.jpg")
     assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
     wanted = ("--figure", tmp_path / "a.png", "--images", "nothing.jpg")
