@@ -445,6 +445,11 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def unpack(photos):
+    """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
+    return photos[:, :3].float(), photos[:, 3:].float() / 255
+
+
 def replace_background(images, masks, backgrounds):
     """(B, 3, H, W), (B, 1, H, W) in [0, 1] with 1 = foreground, (B, 3, H, W) -> (B, 3, H, W)"""
     return images * masks + backgrounds * (1 - masks)
@@ -453,7 +458,7 @@ def replace_background(images, masks, backgrounds):
 def conditions(photos, backgrounds, model, everything=False):
     """Yields (name, network input (B, 3, S, S)) of a Batches item: clean, replaced_0, ...
     and, with `everything`, object_only and background_only, the other part in the mean colour."""
-    images, masks = photos[:, :3].float(), photos[:, 3:].float() / 255
+    images, masks = unpack(photos)
     yield "clean", model.normalise(images)
     for draw, drawn in enumerate(backgrounds.float()):
         yield f"replaced_{draw}", model.normalise(replace_background(images, masks, drawn))
@@ -947,12 +952,13 @@ class Trainer:
                 raise Stopped
 
     def train_step(self, photos, backgrounds, labels):
-        """One optimiser step on the clean photos or, if there are backgrounds, on replaced ones
-        (BGAugment); returns the loss. Raises UserError if it is not finite."""
+        """One optimiser step; returns the loss. Raises UserError if it is not finite."""
         p = self.progress
         torch.manual_seed(mix(self.args.seed, STEP, p["epoch"], p["step"]))  # for dropout
-        *_, (_, images) = conditions(photos, backgrounds, self.model)
-        loss = self.loss(self.model(images), labels)
+        images, masks = unpack(photos)
+        if self.args.bgaugment:
+            images = replace_background(images, masks, backgrounds[0].float())
+        loss = self.loss(self.model(self.model.normalise(images)), labels)
         if not math.isfinite(value := loss.item()):
             raise UserError(f"--lr {self.args.lr}: the loss is {value} in epoch {p['epoch']}; "
                             f"{self.run} keeps the state before; lower --lr and start --fresh")
@@ -972,8 +978,8 @@ class Trainer:
         if better:
             p.update(best=scores[args.select]["map@r"], best_epoch=p["epoch"])
         row = {"epoch": p["epoch"], "loss": p["loss"] / args.iterations, **scores,
-               "best": p["best"],
-               "best_epoch": p["best_epoch"], "seconds": time.monotonic() - start}
+               "best": p["best"], "best_epoch": p["best_epoch"],
+               "seconds": time.monotonic() - start}
         p.update(epoch=p["epoch"] + 1, step=0, loss=0.0, seconds=p["seconds"] + row["seconds"])
         self.log(row)
         if better:
