@@ -1,31 +1,22 @@
-"""How much of what moves an image's embedding lies on the object: the attention score of "On
-Background Bias in Deep Metric Learning" (Kobs & Hotho 2022, Section 5), for runs of bgbias.py.
+"""Attention score of runs of bgbias.py: how much of what moves an image's embedding lies on the
+object. 1: all of it, 0: as much as chance, negative: it looks at the background. Section 5 of "On
+Background Bias in Deep Metric Learning" (Kobs & Hotho 2022).
 
     python eval_attention.py runs/*                       # scores of all test images, one table
     python eval_attention.py runs/toy-contrastive-base-s42 runs/toy-contrastive-bgaugment-s42 \
         --figure attention.png --images 8 --sanity
     python eval_attention.py runs/sop-triplet-base-s42 --shard 1/4 --device cuda:0  # 2/4, 3/4, 4/4
 
-1 is all attention on the object, 0 as much as chance, negative looks at the background. All but the
-device comes from a run's config.json, so start it in the folder the run was trained in. Scores go
-to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined). The same command
-goes on after an interruption, and starts over if best.pt is another.
-
-Memory: what the copies of a batch keep for the backward pass is at most 128 MiB on a CPU (more is
-slower), 0.4 of the free memory on a GPU, or one image's if that is more (BN-Inception at 227 px:
-1.1 GiB). The peak beyond the network itself, measured on a CPU, is 1.3 times that.
-
-Shapes as in bgbias.py. Sections: 1. constants, 2. the score, 3. scores of a run, 4. table,
-5. figure, 6. whether to believe it, 7. command line.
+Start it in the folder the runs were trained in: all but the device comes from their config.json.
+Scores go to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined). The same
+command goes on after an interruption, and starts over if best.pt is another.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import signal
 import time
-import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -39,41 +30,33 @@ from tqdm import tqdm
 import bgbias
 from bgbias import UserError
 
-# --------------------------------------------------------------------------------------------------
-# 1. Constants
-# --------------------------------------------------------------------------------------------------
-
 COPIES, SIGMA, QUANTILE = 25, 0.15, 0.99  # copies; their noise, in the image's range; clipping
 
 PAPER_ATTENTION = {  # mean, standard deviation over the test images: base, BGAugment (Section 5)
-    "cars196": {
-        "arcface": ((0.49, 0.10), (0.56, 0.10)), "contrastive": ((0.50, 0.09), (0.53, 0.10)),
-        "multi_similarity": ((0.52, 0.09), (0.50, 0.09)), "triplet": ((0.50, 0.09), (0.54, 0.09)),
-        "normalized_softmax": ((0.51, 0.09), (0.56, 0.09))},
-    "cub200": {
-        "arcface": ((0.25, 0.08), (0.33, 0.09)), "contrastive": ((0.25, 0.08), (0.32, 0.10)),
-        "multi_similarity": ((0.26, 0.08), (0.30, 0.09)), "triplet": ((0.24, 0.08), (0.33, 0.09)),
-        "normalized_softmax": ((0.24, 0.08), (0.30, 0.08))},
-    "sop": {
-        "arcface": ((0.13, 0.14), (0.26, 0.17)), "contrastive": ((0.07, 0.16), (0.31, 0.20)),
-        "multi_similarity": ((0.11, 0.17), (0.28, 0.19)), "triplet": ((0.08, 0.17), (0.26, 0.22)),
-        "normalized_softmax": ((0.12, 0.14), (0.28, 0.20))},
-}
-
+    "cars196": {"arcface": ((0.49, 0.10), (0.56, 0.10)), "triplet": ((0.50, 0.09), (0.54, 0.09)),
+                "contrastive": ((0.50, 0.09), (0.53, 0.10)),
+                "multi_similarity": ((0.52, 0.09), (0.50, 0.09)),
+                "normalized_softmax": ((0.51, 0.09), (0.56, 0.09))},
+    "cub200": {"arcface": ((0.25, 0.08), (0.33, 0.09)), "triplet": ((0.24, 0.08), (0.33, 0.09)),
+               "contrastive": ((0.25, 0.08), (0.32, 0.10)),
+               "multi_similarity": ((0.26, 0.08), (0.30, 0.09)),
+               "normalized_softmax": ((0.24, 0.08), (0.30, 0.08))},
+    "sop": {"arcface": ((0.13, 0.14), (0.26, 0.17)), "triplet": ((0.08, 0.17), (0.26, 0.22)),
+            "contrastive": ((0.07, 0.16), (0.31, 0.20)),
+            "multi_similarity": ((0.11, 0.17), (0.28, 0.19)),
+            "normalized_softmax": ((0.12, 0.14), (0.28, 0.20))}}
+KINDS = ("base", "bgaugment")
 NOISE, RANDOM, PICK = range(100, 103)  # purposes of a seed, beside bgbias.py's
+# What a batch may keep for its backward pass, at least one image's 25 copies (BN-Inception: 1.1
+# GiB); the peak is 1.3 times that. More is slower on a CPU; a GPU gains nothing past MOST images.
+CPU_ROOM, GPU_ROOM, MOST = 2**27, 0.4, 32  # bytes; share of the free memory; images
 EVERY = 60  # seconds between two writes of the scores
-MOST = 32  # images a batch: past some hundred copies a GPU gains nothing
-CPU_ROOM, GPU_ROOM = 2**27, 0.4  # bytes; share of the free memory
 RESAMPLES = 2000  # of the bootstrap
-SANITY = 200  # images of --sanity
-ABOUT_ZERO = 0.05  # what random weights may score: less than the paper's smallest
+SANITY, ABOUT_ZERO = 200, 0.05  # images; what random weights may score, below the paper's least
 CELL, GAP, TEXT = 216, 6, 17  # px of the figure: four cells are a README's width
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The score
-# --------------------------------------------------------------------------------------------------
-
+# ---- 1. The score --------------------------------------------------------------------------------
 
 def euclidean(embeddings, others):
     """(B, D), (B or 1, D) -> (B,)"""
@@ -90,19 +73,16 @@ DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity":
 
 
 def attention_map(model, images, black_embedding, distance, generator):
-    """Where the distance to the black image's embedding is sensitive: (B, 3, H, W) -> (B, H, W) in
-    [0, 1]. Section 5.
-
-    images: the network's input. model: (N, 3, H, W) -> (N, D), one image not touching another
-    (BatchNorm in eval mode). black_embedding: (1, D). distance: euclidean or cosine. generator: of
-    the noise, or a list of B, one an image, so that the batch does not matter. A flat map is all 0.
-    """
+    """Where the distance to the black image's embedding is sensitive: network input (B, 3, H, W) ->
+    (B, H, W) in [0, 1], all 0 if it is nowhere. Section 5. model: (N, 3, H, W) -> (N, D), BatchNorm
+    in eval mode. black_embedding: (1, D). distance: euclidean or cosine. generator: of the noise,
+    or B of them, one an image, so that an image's noise does not depend on its batch."""
     generators = generator if isinstance(generator, list) else [generator] * len(images)
     noise = torch.stack([
         torch.randn(COPIES, *images.shape[1:], generator=g, device=g.device, dtype=images.dtype)
         for g in generators]).to(images.device)  # (B, 25, 3, H, W)
-    sigma = SIGMA * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))
-    copies = images[:, None] + sigma[:, None, None, None, None] * noise
+    span = images.amax((1, 2, 3)) - images.amin((1, 2, 3))
+    copies = images[:, None] + SIGMA * span[:, None, None, None, None] * noise
     copies = copies.flatten(0, 1).requires_grad_()  # (B * 25, 3, H, W)
     target = distance(model(copies), black_embedding).sum() / COPIES  # sum of the images' means
     gradient, = torch.autograd.grad(target, copies)  # none of the weights
@@ -113,133 +93,113 @@ def attention_map(model, images, black_embedding, distance, generator):
     return ((G - low[:, None, None]) / span[:, None, None]).clip(0, 1)
 
 
-def shares(attention, mask):
-    """Share of the attention on the object, share of the image that is object: two (B,) float64.
-    attention (B, H, W); mask (B, 1, H, W) or (B, H, W) in [0, 1], soft, 1 = foreground."""
-    attention = attention.double()
-    mask = mask.double().reshape(attention.shape)
-    return (attention * mask).sum((-2, -1)) / attention.sum((-2, -1)), mask.mean((-2, -1))
-
-
 def attention_score(attention, mask):
-    """(a - p) / (1 - p) of shares(): (B, H, W), (B, 1, H, W) -> (B,), at most 1, 0 = chance; nan if
-    it is undefined: p = 1, or no attention anywhere. Section 5."""
+    """(a - p) / (1 - p), at most 1, of shares(): (B, H, W), (B, 1, H, W) in [0, 1], 1 = foreground
+    -> (B,). nan where it is undefined: p = 1, or no attention anywhere. Section 5."""
     return above_chance(*shares(attention, mask))
+
+
+def shares(attention, mask):
+    """a, the share of the attention, and p, of the image, that is on the object: (B,) float64."""
+    attention, mask = attention.double(), mask.double().reshape(attention.shape)
+    return (attention * mask).sum((-2, -1)) / attention.sum((-2, -1)), mask.mean((-2, -1))
 
 
 def above_chance(a, p):
     return torch.where(p < 1, (a - p) / (1 - p), torch.nan)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Scores of a run
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Scores of a run --------------------------------------------------------------------------
 
-Run = namedtuple("Run", "folder args images masks")  # of the test split
+# images: paths of the test images; photos: their bgbias.Photos; best: checksum of best.pt.
+Run = namedtuple("Run", "folder args images photos best")
 
 
-def open_run(folder, device="auto", workers=None):
+def open_run(folder, device="auto"):
     """The Run in `folder`. Raises UserError."""
-    folder = Path(folder)
-    for name in ("config.json", "best.pt"):
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing; give folders of finished runs of bgbias.py")
+    config, best = Path(folder, "config.json"), Path(folder, "best.pt")
+    for file in (config, best):
+        if not file.exists():
+            raise UserError(f"{file}: missing; give folders of finished runs of bgbias.py")
     try:
-        saved = json.loads((folder / "config.json").read_text())["args"]
-        args = argparse.Namespace(**saved | {"device": device, "workers": workers})
-        args = bgbias.complete(args)
+        saved = json.loads(config.read_text())["args"] | {"device": device, "workers": None}
+        args = bgbias.complete(argparse.Namespace(**saved))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not of this bgbias.py ({error!r}); train again "
-                        "with --fresh") from error
+        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
     try:
         index = bgbias.load_index(args.dataset, args.data)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error} (its paths start in the folder the run "
-                        "was trained in)") from error
-    return Run(folder, args, *bgbias.pick(index, index.split["test"]))
+        raise UserError(f"{config}: {error} (start where the run was trained)") from error
+    images, masks = bgbias.pick(index, index.split["test"])
+    photos = bgbias.Photos(images, masks, args.short_side, args.image_size, keep=False)
+    checksum = hashlib.sha256(best.read_bytes()).hexdigest()
+    return Run(Path(folder), args, [str(path) for path in images], photos, checksum)
 
 
-def load_model(run):
-    """The run's best epoch, on its device. Raises UserError."""
+def load_model(run, trained=True):
+    """The network of the run's best epoch, or one with random weights. Raises UserError."""
     args, file = run.args, run.folder / "best.pt"
+    torch.manual_seed(bgbias.mix(args.seed, RANDOM))
     model = bgbias.Embedder(args.backbone, "none", args.image_size)
     try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
-    except Exception as error:  # noqa: BLE001 - pickle, zip and torch each raise their own
+        if trained:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            model.load_state_dict(saved["model"])
+    except Exception as error:  # pickle, zip and torch each raise their own
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{file}: not a checkpoint of {args.backbone} ({reason}); train again with "
-                        "--fresh") from error
-    return frozen(model, args.device)
-
-
-def frozen(model, device):
-    """`model` for input gradients only: nothing is kept for the weights', and channels_last is the
-    faster layout, on a CPU too."""
-    return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        raise UserError(f"{file}: not a checkpoint of {args.backbone} ({reason})") from error
+    # Nothing is kept for gradients of weights; channels_last is the faster layout, on a CPU too.
+    return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
 
 def images_per_batch(model, size, device):
-    """How many images' copies fit: measured by what one copy keeps for the backward pass."""
-    weights = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
-    image = COPIES * sum(n for pointer, n in kept.items() if pointer not in weights)
-    del held  # till here, so that no two tensors share an address
-    cuda = str(device).startswith("cuda")
-    room = GPU_ROOM * torch.cuda.mem_get_info(device)[0] if cuda else CPU_ROOM
+    """How many images' copies fit, by what one copy keeps for the backward pass."""
+    weights, kept = {t.data_ptr() for t in model.state_dict().values()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
+        model(torch.zeros(1, 3, size, size, device=device, requires_grad=True))
+    image = COPIES * sum(t.nbytes for pointer, t in kept.items() if pointer not in weights)
+    gpu = device.startswith("cuda")
+    room = GPU_ROOM * torch.cuda.mem_get_info(device)[0] if gpu else CPU_ROOM
     return max(1, min(MOST, int(room / image)))
 
 
-def attention_maps(run, model, rows):
-    """Yields (rows, photos (B, 4, S, S) uint8, attention (B, S, S)) of test images, on the CPU."""
+def attention_maps(run, rows, model):
+    """Yields (path, photo (4, S, S) uint8, attention (S, S)) of test images, on the CPU."""
     args, size = run.args, run.args.image_size
     with torch.no_grad():
         black = model(model.normalise(torch.zeros(1, 3, size, size, device=args.device)))
     lists = torch.tensor(rows).split(images_per_batch(model, size, args.device))
-    batches = bgbias.Batches(test_photos(run), lists, size, False, None, 0, (args.seed,))
+    batches = bgbias.Batches(run.photos, lists, size, False, run.photos, 0, (args.seed,))
     for rows, (photos, _) in zip(lists, bgbias.loader(batches, args)):
         if bgbias.STOP:
             raise bgbias.Stopped
-        seeds = [bgbias.mix(args.seed, NOISE, int(row)) for row in rows]
+        seeds = [bgbias.mix(args.seed, NOISE, row) for row in rows.tolist()]
         generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
         images = model.normalise(photos[:, :3].to(args.device).float())
-        attention = attention_map(model, images, black, DISTANCES[args.loss], generators)
-        yield rows, photos, attention.cpu()
+        maps = attention_map(model, images, black, DISTANCES[args.loss], generators)
+        yield from zip([run.images[row] for row in rows], photos, maps.cpu())
 
 
-def test_photos(run):
-    args = run.args
-    return bgbias.Photos(run.images, run.masks, args.short_side, args.image_size, keep=False)
-
-
-def score_images(run, model, rows):
-    """Yields (image path, (score, a, p)) of test images."""
-    for rows, photos, attention in attention_maps(run, model, rows):
-        a, p = shares(attention, photos[:, 3] / 255)
-        for row, values in zip(rows, torch.stack([above_chance(a, p), a, p], dim=1).tolist()):
-            yield str(run.images[row]), values
+def gather(run, rows, trained=True):
+    """The photos (N, 4, S, S) of a few test images and their attention (N, S, S)."""
+    _, photos, maps = zip(*attention_maps(run, rows, load_model(run, trained)))
+    return torch.stack(photos), torch.stack(maps)
 
 
 def score_run(run, shard=(1, 1)):
     """Scores what is left of the i-th of every n test images; {image path: (score, a, p)} of all
     scored so far. Writes RUN/attention.npz; a shard writes RUN/attention-IofN.npz, and the last one
     attention.npz too. Raises UserError; Stopped, with all saved."""
-    i, n = shard
+    scores, (i, n), written = read_scores(run), shard, time.monotonic()
     part = "attention.npz" if n == 1 else f"attention-{i}of{n}.npz"
-    scores = read_scores(run)
-    todo = [row for row in range(i - 1, len(run.images), n) if str(run.images[row]) not in scores]
+    todo = [row for row in range(i - 1, len(run.images), n) if run.images[row] not in scores]
     if todo:
-        written = time.monotonic()
-        found = score_images(run, load_model(run), todo)
+        found = attention_maps(run, todo, load_model(run))
         try:
-            for image, values in tqdm(found, str(run.folder), len(todo), disable=None):
-                scores[image] = values
+            for image, photo, attention in tqdm(found, str(run.folder), len(todo), disable=None):
+                a, p = shares(attention, photo[3] / 255)
+                scores[image] = torch.stack([above_chance(a, p), a, p]).tolist()
                 if time.monotonic() > written + EVERY:
                     write_scores(run, part, scores)
                     written = time.monotonic()
@@ -251,188 +211,139 @@ def score_run(run, shard=(1, 1)):
     return scores
 
 
-def checkpoint_id(run):
-    return hashlib.sha256((run.folder / "best.pt").read_bytes()).hexdigest()
-
-
 def read_scores(run):
     """What RUN's attention*.npz hold of this best.pt and these test images. Raises UserError."""
-    scores, best = {}, checkpoint_id(run)
-    for file in sorted(run.folder.glob("attention*.npz")):
+    scores = {}
+    for file in run.folder.glob("attention*.npz"):
         try:
             with np.load(file) as saved:
                 values = np.stack([saved[name] for name in ("score", "a", "p")], axis=1).tolist()
-                if saved["best"] == best:
+                if saved["best"] == run.best:
                     scores |= zip(saved["image"].tolist(), values, strict=True)
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zip and NumPy each raise their own
             raise UserError(f"{file}: not readable ({error}); delete it") from error
-    return {str(p): scores[str(p)] for p in run.images if str(p) in scores}
+    return {image: scores[image] for image in run.images if image in scores}
 
 
 def write_scores(run, name, scores):
     score, a, p = np.array(list(scores.values())).reshape(-1, 3).T
-    buffer = io.BytesIO()
-    images = np.array(list(scores), str)
-    np.savez(buffer, image=images, score=score, a=a, p=p, best=checkpoint_id(run))
-    bgbias.write(run.folder / name, lambda draft: draft.write_bytes(buffer.getbuffer()))
+
+    def save(draft):
+        with draft.open("wb") as file:  # given a name, NumPy would append .npz to it
+            np.savez(file, image=list(scores), score=score, a=a, p=p, best=run.best)
+    bgbias.write(run.folder / name, save)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Table
-# --------------------------------------------------------------------------------------------------
-
+# ---- 3. Table and figure: base against BGAugment -------------------------------------------------
 
 def pair_up(runs):
-    """{(dataset, loss, seed): {"base": Run, "bgaugment": Run}}, either may lack. UserError if two
-    runs would take the same place."""
+    """{(dataset, loss, seed): {"base": Run, "bgaugment": Run}}, of which one may lack. Raises
+    UserError for two runs that are no such pair."""
     pairs = {}
     for run in runs:
-        name = Path(run.args.dataset).resolve().name
+        name, kind = Path(run.args.dataset).resolve().name, KINDS[run.args.bgaugment]
         pair = pairs.setdefault((name, run.args.loss, run.args.seed), {})
-        kind = "bgaugment" if run.args.bgaugment else "base"
-        other = next(iter(pair.values()), run)
-        if kind in pair:
-            raise UserError(f"{run.folder}: the same dataset, loss and seed as "
-                            f"{pair[kind].folder}; give one of them")
-        if run.images != other.images:
-            raise UserError(f"{run.folder}: has other test images than {other.folder}; give runs "
-                            "trained with the same --data")
+        for other in pair.values():
+            if kind in pair or run.images != other.images:
+                raise UserError(f"{run.folder}: as {other.folder}, but not the base or BGAugment "
+                                "run on the same photos that belongs to it; give one of them")
         pair[kind] = run
     return pairs
 
 
-def compare(base, other, seed=0):
+def compare(base, other):
     """Mean of other - base over the images, the bounds of its 95 % bootstrap interval, the share of
     images where it is positive. Both {image: (score, a, p)}; None if no image has both scores."""
-    gain = finite([other[image][0] - base[image][0] for image in base])
-    if not len(gain):
-        return None
-    rng = np.random.default_rng(seed)
-    means = [gain[rng.integers(len(gain), size=len(gain))].mean() for _ in range(RESAMPLES)]
-    return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
-
-
-def finite(values):
-    values = np.asarray(values, np.float64)
-    return values[np.isfinite(values)]
+    gain = np.array([other[image][0] - base[image][0] for image in base if image in other])
+    gain = gain[np.isfinite(gain)]
+    if len(gain):
+        rng = np.random.default_rng(0)
+        means = [rng.choice(gain, len(gain)).mean() for _ in range(RESAMPLES)]
+        return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
 
 
 def summary(scores):
     """Mean ± standard deviation over the images (ddof 1), as text."""
-    values = finite([score for score, _, _ in scores.values()])
-    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else "undefined"
+    values = [score for score, *_ in scores.values() if np.isfinite(score)]
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
 
 
 def table(pairs, scores):
     """Markdown: base and BGAugment side by side; scores {run folder: {image: (score, a, p)}}."""
     lines = ["| run | images | base | + BGAugment | paper: base | + BGAugment | difference [95 %] "
              "| improved |", "|---|---|---|---|---|---|---|---|"]
-    notes = []
     for (dataset, loss, seed), pair in pairs.items():
-        found = {kind: scores[run.folder] for kind, run in pair.items()}
-        ours = [summary(found[kind]) if kind in found else "-" for kind in ("base", "bgaugment")]
-        paper = PAPER_ATTENTION.get(dataset, {}).get(loss)
-        paper = [f"{mean:.2f} ± {std:.2f}" for mean, std in paper] if paper else ["-", "-"]
-        gain = compare(found["base"], found["bgaugment"]) if len(found) == 2 else None
-        gain = [interval(gain), f"{100 * gain[3]:.0f} %"] if gain else ["-", "-"]
-        images = f"{len(next(iter(found.values()))):,}"
-        cells = [f"{dataset} {loss} s{seed}", images, *ours, *paper, *gain]
+        found = [scores[pair[kind].folder] if kind in pair else {} for kind in KINDS]
+        cells = [f"{dataset} {loss} s{seed}", f"{max(map(len, found)):,}", *map(summary, found)]
+        paper = PAPER_ATTENTION.get(dataset, {}).get(loss, ())
+        cells += [f"{mean:.2f} ± {std:.2f}" for mean, std in paper] or ["-", "-"]
+        gain = compare(*found)
+        cells += (["{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain), f"{100 * gain[3]:.0f} %"] if gain
+                  else ["-", "-"])
         lines.append(f"| {' | '.join(cells)} |")
-        notes += [undefined(run.folder, found[kind]) for kind, run in pair.items()]
-    return "\n".join(lines + [note for note in notes if note])
-
-
-def interval(gain):
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
-
-
-def undefined(folder, scores):
-    """A line that counts and names the images without a score, or nothing."""
-    names = [image for image, (score, _, _) in scores.items() if not np.isfinite(score)]
-    if not names:
-        return ""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return (f"\n{folder}: {len(names):,} of {len(scores):,} images left out, their mask is full or "
-            f"their map flat: {', '.join(names[:5])}{more}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Figure
-# --------------------------------------------------------------------------------------------------
+    for folder, found in scores.items():
+        if names := [image for image, (score, *_) in found.items() if not np.isfinite(score)]:
+            lines.append(f"\n{folder}: {len(names):,} of {len(found):,} images left out, full mask "
+                         f"or flat map: {', '.join(names[:5])}" + ", ..." * (len(names) > 5))
+    return "\n".join(lines)
 
 
 def choose(run, found, wanted, worst):
     """Rows of the test images to show. wanted: their names, or how many of those with both
     scores, by seed or, with `worst`, where the two differ most. Raises UserError."""
-    images = [str(p) for p in run.images]
-    if not (len(wanted) == 1 and wanted[0].isdigit()):
-        hits = [[k for k, image in enumerate(images) if f"/{image}".endswith(f"/{name}")]
+    if len(wanted) == 1 and wanted[0].isdigit():
+        gaps = [found["bgaugment"][image][0] - found["base"][image][0] for image in run.images]
+        rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(gaps)).tolist()
+        rows = [row for row in rows if np.isfinite(gaps[row])]
+        rows.sort(key=lambda row: -abs(gaps[row]) * worst)
+        hits = [[row] for row in rows[: int(wanted[0])]]
+    else:
+        hits = [[row for row, image in enumerate(run.images) if f"/{image}".endswith(f"/{name}")]
                 for name in wanted]
-        if [] in hits:
-            raise UserError(f"--images {wanted[hits.index([])]}: no test image of {run.folder}; "
-                            "its attention.npz lists them")
-        return [rows[0] for rows in hits]
-    gaps = [found["bgaugment"][image][0] - found["base"][image][0] for image in images]
-    rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(images))
-    rows = [int(row) for row in rows if np.isfinite(gaps[row])]
-    if worst:
-        rows.sort(key=lambda row: -abs(gaps[row]))
-    return rows[: int(wanted[0])]
+    for name, rows in zip(wanted, hits or [[]]):
+        if not rows:
+            raise UserError(f"--images {name}: no test image of {run.folder}")
+    return [rows[0] for rows in hits]
 
 
 def figure(pair, found, rows, file):
     """Writes a PNG, a row per image: photo, mask, base and BGAugment heat maps and their scores."""
-    photos, resize = test_photos(pair["base"]), Image.Image.resize
-    pictures = [[resize(TF.to_pil_image(x), (CELL, CELL), Image.LANCZOS)
-                 for x in photos[row].split((3, 1))] for row in rows]
-    columns = {"photo": [photo for photo, _ in pictures],
-               "mask": [outlined(photo, mask) for photo, mask in pictures]}
-    for kind, title in (("base", "base"), ("bgaugment", "+ BGAugment")):
-        run = pair[kind]
-        maps = [a for _, _, batch in attention_maps(run, load_model(run), rows) for a in batch]
-        columns[title] = []
-        for row, a, (photo, mask) in zip(rows, maps, pictures):
-            cell = outlined(heated(photo, a), mask)
-            label(cell, f"{found[kind][str(run.images[row])][0]:.2f}")
-            columns[title].append(cell)
-    step, top = CELL + GAP, 2 * TEXT
-    canvas = Image.new("RGB", (len(columns) * step - GAP, top + len(rows) * step - GAP), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(TEXT)
-    for x, (title, cells) in zip(range(0, canvas.width, step), columns.items()):
-        draw.text((x + CELL / 2, TEXT), title, "black", font, anchor="mm")
-        for k, cell in enumerate(cells):
-            canvas.paste(cell, (x, top + k * step))
+    (photos, base), (_, bgaugment) = (gather(pair[kind], rows) for kind in KINDS)
+    step, top, font = CELL + GAP, 2 * TEXT, ImageFont.load_default(TEXT)
+    canvas = Image.new("RGB", (4 * step - GAP, top + len(rows) * step - GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(("photo", "mask", "base", "+ BGAugment")):
+        draw.text((k * step + CELL / 2, TEXT), title, "black", font, anchor="mm")
+    for n, row in enumerate(rows):
+        photo, mask = (TF.to_pil_image(x).resize((CELL, CELL), Image.LANCZOS)
+                       for x in photos[n].split((3, 1)))
+        layers = photo, heated(photo, base[n]), heated(photo, bgaugment[n])
+        cells = photo, *(outlined(layer, mask) for layer in layers)
+        scores = (f"{found[kind][pair[kind].images[row]][0]:.2f}" for kind in KINDS)
+        for k, (cell, text) in enumerate(zip(cells, ("", "", *scores))):
+            x, y = k * step, top + n * step
+            canvas.paste(cell, (x, y))
+            draw.text((x + GAP, y + GAP), text, "white", font, stroke_width=2, stroke_fill="black")
     bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
-
-
-def label(cell, text):
-    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(TEXT)
-    _, _, right, bottom = draw.textbbox((GAP, GAP), text, font)
-    draw.rectangle((0, 0, right + GAP, bottom + GAP), "black")
-    draw.text((GAP, GAP), text, "white", font)
 
 
 def outlined(photo, mask):
     """The photo with the edge of its mask, where the soft mask crosses one half."""
     inside = mask.point(lambda value: 255 * (value >= 128))
-    larger, smaller = (inside.filter(f(3)) for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-    edge = ImageChops.subtract(larger, smaller)
-    return Image.composite(Image.new("RGB", photo.size, (0, 255, 255)), photo, edge)
+    edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)),
+                                 inside.filter(ImageFilter.MinFilter(3)))
+    return Image.composite(Image.new("RGB", photo.size, "cyan"), photo, edge)
 
 
 def heated(photo, attention):
     """Attention (S, S) over the greyed photo: none is grey, then red, 1 is yellow."""
     level = TF.to_pil_image(attention.float()).resize(photo.size, Image.BILINEAR)
-    level = np.asarray(level, np.float32)[..., None] / 255
-    grey = np.asarray(photo.convert("L"), np.float32)[..., None] * 0.7
-    colour = np.concatenate([np.full_like(level, 255), 255 * level, np.zeros_like(level)], axis=2)
-    return Image.fromarray((grey * (1 - level) + colour * level).astype(np.uint8))
+    full, none = (Image.new("L", photo.size, value) for value in (255, 0))
+    grey = photo.convert("L").point(lambda value: 0.7 * value).convert("RGB")
+    return Image.composite(Image.merge("RGB", (full, level, none)), grey, level)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Whether to believe it: input gradients can mislead (Shah et al. 2021). Beyond the paper.
-# --------------------------------------------------------------------------------------------------
-
+# ---- 4. Whether to believe it: input gradients can mislead (Shah et al. 2021). Beyond the paper. -
 
 @torch.no_grad()
 def occlusion(run, model, rows):
@@ -441,83 +352,56 @@ def occlusion(run, model, rows):
     args, moves = run.args, []
     pool = bgbias.Photos(bgbias.list_backgrounds(args.backgrounds, "test"), None, args.short_side)
     lists, seed = torch.tensor(rows).split(bgbias.EVAL_BATCH), (args.seed, bgbias.TEST)
-    batches = bgbias.Batches(test_photos(run), lists, args.image_size, False, pool, 1, seed)
-    for photos, (drawn,) in bgbias.loader(batches, args):
-        photos, drawn = photos.to(args.device), drawn.to(args.device).float()
-        image, mask = photos[:, :3].float(), photos[:, 3:] / 255
-        swapped = [bgbias.replace_background(image, mask, drawn),
-                   bgbias.replace_background(drawn, mask, image)]
-        e, *moved = (model(model.normalise(x)) for x in (image, *swapped))
+    batches = bgbias.Batches(run.photos, lists, args.image_size, False, pool, 1, seed)
+    for batch in bgbias.loader(batches, args):
+        photos, (drawn,) = (tensor.to(args.device) for tensor in batch)
+        images, masks = bgbias.unpack(photos)
+        views = (images, bgbias.replace_background(images, masks, drawn),
+                 bgbias.replace_background(drawn, masks, images))
+        e, *moved = (model(model.normalise(view)) for view in views)
         moved = [DISTANCES[args.loss](e, other) for other in moved]
-        moves.append(torch.stack([*moved, mask.mean((1, 2, 3))]).cpu())
+        moves.append(torch.stack([*moved, masks.mean((1, 2, 3))]).cpu())
     return torch.cat(moves, dim=1)
 
 
-def oracles(run, rows):
-    """Mean score of a map that is the mask, thresholded at one half, and of its complement."""
-    photos = test_photos(run)
-    masks = torch.stack([photos[row][3] >= 128 for row in rows]).double()
-    return [finite(attention_score(maps, masks)).mean() for maps in (masks, 1 - masks)]
-
-
-def random_weights(run):
-    """The run's network before any training or pretraining."""
-    torch.manual_seed(bgbias.mix(run.args.seed, RANDOM))
-    model = bgbias.Embedder(run.args.backbone, "none", run.args.image_size)
-    return frozen(model, run.args.device)
-
-
-def own_and_other(run, model, rows):
-    """Mean score with an image's own mask, and with the next image's. Objects are central, and
-    so is any network's view of a photo: what the second has too is no attention to the object."""
-    _, photos, maps = zip(*attention_maps(run, model, rows))
-    masks, maps = torch.cat(photos)[:, 3] / 255, torch.cat(maps)
-    return [finite(attention_score(maps, m)).mean() for m in (masks, masks.roll(1, dims=0))]
-
-
 def check_run(run):
-    """A row of sanity()'s first table, and the run's checks as [(what, found, holds)]."""
+    """Yields (what, found, the bounds it must keep or None), of SANITY images. Objects are central,
+    and so is any network's view of a photo: what a map scores with another image's mask, here the
+    next one's, is no attention to the object."""
     rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY]
-    rows, model, name = sorted(rows.tolist()), load_model(run), run.folder.name
-    background, object_, p = occlusion(run, model, rows)
-    moved = finite(above_chance(object_ / (object_ + background), p)).mean()
-    random, random_other = own_and_other(run, random_weights(run), rows)
-    values = (*own_and_other(run, model, rows), random, random_other, moved, background.mean(),
-              object_.mean())
-    same, complement = oracles(run, rows)
-    above = random - random_other
-    checks = [("random weights score about 0", f"{random:+.3f}", abs(random) <= ABOUT_ZERO),
-              ("... above another image's mask", f"{above:+.3f}", abs(above) <= ABOUT_ZERO),
-              ("the mask as map scores 1", f"{same:.3f}", same == 1),
-              ("its complement less than 0", f"{complement:+.3f}", complement < 0)]
-    row = f"| {name} | {len(rows)} | {' | '.join(f'{value:.3f}' for value in values)} |"
-    return row, [(f"{name}: {what}", found, holds) for what, found, holds in checks]
+    rows = sorted(rows.tolist())
+    (photos, maps), (_, random) = gather(run, rows), gather(run, rows, trained=False)
+    own, hard = photos[:, 3] / 255, (photos[:, 3] >= 128).double()
+    other = own.roll(1, dims=0)
+    for what, attention, mask, bounds in (
+            ("attention score", maps, own, None),
+            ("... with another image's mask", maps, other, None),
+            ("random weights score about 0", random, own, (-ABOUT_ZERO, ABOUT_ZERO)),
+            ("... with another image's mask", random, other, None),
+            ("the mask as map scores 1", hard, hard, (1, 1)),
+            ("its complement less than 0", 1 - hard, hard, (-np.inf, 0))):
+        yield what, attention_score(attention, mask).nanmean(), bounds
+    background, object_, p = occlusion(run, load_model(run), rows)
+    yield "occlusion score", above_chance(object_ / (object_ + background), p).nanmean(), None
+    yield "... moved by another background", background.mean(), None
+    yield "... moved by another object", object_.mean(), None
 
 
 def sanity(pairs, scores):
     """Markdown: the score beside occlusion's and that of random weights, and which checks hold."""
-    lines = ["\n| run | images | attention score | another image's mask | random weights "
-             "| another image's mask | occlusion score | moved by background | by object |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    checks = []
+    lines = ["\n| run | check | found | holds |", "|---|---|---|---|"]
     for (dataset, *_), pair in pairs.items():
-        for run in pair.values():
-            line, found = check_run(run)
-            lines, checks = [*lines, line], checks + found
+        checks = [(run, *check) for run in pair.values() for check in check_run(run)]
         if dataset == "toy" and len(pair) == 2:  # where the shortcut was planted
-            gain = compare(*(scores[pair[kind].folder] for kind in ("base", "bgaugment")))
-            what = f"{pair['bgaugment'].folder.name}: scores more than base"
-            checks.append((what, interval(gain), gain[1] > 0))
-    lines += ["\n| check | found | holds |", "|---|---|---|"]
-    for what, found, holds in checks:
-        lines.append(f"| {what} | {found} | {'yes' if holds else '**no**'} |")
+            _, low, *_ = compare(*(scores[pair[kind].folder] for kind in KINDS))
+            checks.append((pair["bgaugment"], "scores more than base by", low, (0, np.inf)))
+        for run, what, found, bounds in checks:
+            holds = bounds and ("yes" if bounds[0] <= found <= bounds[1] else "**no**")
+            lines.append(f"| {run.folder.name} | {what} | {found:.3f} | {holds or ''} |")
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Command line
-# --------------------------------------------------------------------------------------------------
-
+# ---- 5. Command line -----------------------------------------------------------------------------
 
 def shard(text):
     i, n = (int(number) for number in text.split("/"))
@@ -538,25 +422,24 @@ def parse_args(argv=None):
     add("--worst", action="store_true", help="of --figure: where the two differ most, not by seed")
     add("--sanity", action="store_true", help=f"check the score on {SANITY} images of each run")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--workers", type=int, help="processes that load photos (default: 8, on a CPU 0)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: bgbias.STOP.append(True))
-    pairs = pair_up(open_run(folder, args.device, args.workers) for folder in args.runs)
+    pairs = pair_up(open_run(folder, args.device) for folder in args.runs)
     runs = [run for pair in pairs.values() for run in pair.values()]
-    if args.figure and (len(pairs), len(runs)) != (1, 2):
-        raise UserError(f"--figure {args.figure}: give one base and one BGAugment run of the same "
-                        "dataset, loss and seed")
-    if args.figure and (args.figure.suffix != ".png" or not args.figure.parent.is_dir()):
-        raise UserError(f"--figure {args.figure}: give a .png in a folder that exists")
+    if args.figure and not (len(pairs) == 1 and len(runs) == 2 and args.figure.suffix == ".png"
+                            and args.figure.parent.is_dir()):
+        raise UserError(f"--figure {args.figure}: give a .png in a folder that exists, and one base"
+                        " and one BGAugment run of the same dataset, loss and seed")
     scores = {run.folder: score_run(run, args.shard) for run in runs}
-    missing = {run.folder: len(run.images) - len(scores[run.folder]) for run in runs}
-    if any(missing.values()):
-        print("\n".join(f"{folder}: {n:,} images left to the other shards, no table yet"
-                        for folder, n in missing.items() if n))
+    left = {run.folder: len(run.images) - len(scores[run.folder]) for run in runs}
+    for folder, n in left.items():
+        if n:
+            print(f"{folder}: {n:,} images left to the other shards, no table yet")
+    if any(left.values()):
         return
     print(table(pairs, scores))
     if args.figure:

@@ -241,9 +241,9 @@ def test_interrupted_scoring_goes_on(runs, monkeypatch):
                 bgbias.STOP.append(True)
             yield item
 
-    scoring = ea.score_images
+    scoring = ea.attention_maps
     with monkeypatch.context() as patch:
-        patch.setattr(ea, "score_images", stopping)
+        patch.setattr(ea, "attention_maps", stopping)
         with pytest.raises(bgbias.Stopped):
             ea.score_run(run)
         bgbias.STOP.clear()
@@ -264,7 +264,7 @@ def test_another_checkpoint_starts_over(runs):
     best = (runs[0] / "best.pt").read_bytes()
     try:
         (runs[0] / "best.pt").write_bytes((runs[1] / "best.pt").read_bytes())
-        assert ea.read_scores(run) == {}
+        assert ea.read_scores(ea.open_run(runs[0], "cpu")) == {}
     finally:
         (runs[0] / "best.pt").write_bytes(best)
     assert len(ea.read_scores(run)) == 9
@@ -419,6 +419,8 @@ def test_error_figure(capsys, runs, tmp_path):
     assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
     wanted = ("--figure", tmp_path / "a.png", "--images", "nothing.jpg")
     assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *wanted)
+    wanted = ("--figure", tmp_path / "a.png", "--images", "0")
+    assert "--images 0: no test image" in error_of(capsys, *runs, *wanted)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b"])
