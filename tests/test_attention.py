@@ -1,0 +1,431 @@
+"""eval_attention.py: the score against hand-worked masks, the map against a loop over single copies
+and a closed form, and runs of bgbias.py through shards, resuming, table, figure and each error."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bgbias
+import eval_attention as ea
+
+SIZE = 16  # px of the crops
+
+# Section 6 of the paper, as printed.
+PAPER = """
+arcface cars196 0.49 0.10 0.56 0.10 cub200 0.25 0.08 0.33 0.09 sop 0.13 0.14 0.26 0.17
+contrastive cars196 0.50 0.09 0.53 0.10 cub200 0.25 0.08 0.32 0.10 sop 0.07 0.16 0.31 0.20
+multi_similarity cars196 0.52 0.09 0.50 0.09 cub200 0.26 0.08 0.30 0.09 sop 0.11 0.17 0.28 0.19
+normalized_softmax cars196 0.51 0.09 0.56 0.09 cub200 0.24 0.08 0.30 0.08 sop 0.12 0.14 0.28 0.20
+triplet cars196 0.50 0.09 0.54 0.09 cub200 0.24 0.08 0.33 0.09 sop 0.08 0.17 0.26 0.22
+"""
+
+
+def test_paper_table():
+    for line in PAPER.split("\n")[1:-1]:
+        loss, *cells = line.split()
+        for dataset, *numbers in (cells[0:5], cells[5:10], cells[10:15]):
+            base, bgaugment = ea.PAPER_ATTENTION[dataset][loss]
+            assert [*base, *bgaugment] == [float(n) for n in numbers]
+
+
+# --------------------------------------------------------------------------------------------------
+# Score
+# --------------------------------------------------------------------------------------------------
+
+MAP = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
+
+
+@pytest.mark.parametrize("mask, score", [
+    ([[0, 0], [0, 0]], 0.0),  # a = 0, p = 0
+    ([[0, 1], [0, 1]], 0.75),  # a = 7/8, p = 1/2
+    ([[1, 0], [1, 0]], -0.75),  # a = 1/8, p = 1/2
+    ([[0.5, 0.5], [0.5, 0.5]], 0.0),  # attention at random: a = p = 1/2
+    ([[0, 0.5], [0.25, 1]], 0.25 / 0.5625),  # a = 5.5/8, p = 7/16
+])
+def test_score_of_hand_worked_masks(mask, score):
+    found = ea.attention_score(MAP[None], torch.tensor(mask)[None, None])
+    assert found.shape == (1,)
+    assert found.item() == pytest.approx(score, abs=1e-12)
+
+
+def test_score_is_undefined_for_full_masks_and_flat_maps():
+    assert ea.attention_score(MAP[None], torch.ones(1, 1, 2, 2)).isnan().all()
+    half = torch.tensor([[[[0.0, 1], [0, 1]]]])
+    assert ea.attention_score(torch.zeros(1, 2, 2), half).isnan().all()
+
+
+def test_score_of_the_mask_itself_is_exactly_1():
+    mask = (torch.rand(5, 1, 9, 7, generator=torch.Generator().manual_seed(0)) > 0.4).float()
+    assert (ea.attention_score(mask[:, 0], mask) == 1).all()
+    assert (ea.attention_score(1 - mask[:, 0], mask) < 0).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Map
+# --------------------------------------------------------------------------------------------------
+
+
+def small_network():
+    torch.manual_seed(3)
+    return bgbias.Embedder("smallconv", "none", SIZE).double()
+
+
+def some_images(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return 100 * torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64, generator=generator)
+
+
+def naive_map(model, image, black, loss, noise):
+    """Section 5 with one backward pass a copy, through everything, and NumPy for the rest."""
+    total = np.zeros(image.shape[1:])
+    sigma = 0.15 * (float(image.max()) - float(image.min()))
+    for n in noise:
+        copy = (image + sigma * n).requires_grad_()
+        e = model(copy[None])[0]
+        if loss in ("contrastive", "triplet"):
+            d = ((e - black[0]) ** 2).sum().sqrt()
+        else:
+            d = 1 - (e * black[0]).sum() / (e.norm() * black[0].norm())
+        (d / 25).backward()
+        total += np.abs((copy.grad[0] + copy.grad[1] + copy.grad[2]).numpy() / 3)
+    low = total.min()
+    return np.clip((total - low) / (np.quantile(total, 0.99) - low), 0, 1)
+
+
+@pytest.mark.parametrize("loss", bgbias.LOSSES)
+def test_map_is_that_of_one_copy_at_a_time(loss):
+    model, images = small_network(), some_images(2)
+    black = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).detach()
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    found = ea.attention_map(model, images, black, ea.DISTANCES[loss], generators[0])
+    for image, attention in zip(images, found):
+        noise = torch.randn(25, 3, SIZE, SIZE, dtype=torch.float64, generator=generators[1])
+        expected = naive_map(model, image, black, loss, noise)
+        np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_map_of_a_linear_model_is_the_mean_of_its_weights():
+    """f(x) = w x: the distance to black is |w (x - black)|, its gradient +-w with any noise."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 1)).double()
+    w = model[1].weight.detach().reshape(3, 4, 5).numpy()
+    images = 200 * torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    black = model(torch.zeros(1, 3, 4, 5, dtype=torch.float64)).detach()
+    found = ea.attention_map(model, images, black, ea.euclidean, torch.Generator())
+    G = np.abs(w.mean(axis=0))  # signed mean over the channels, then the absolute value
+    expected = np.clip((G - G.min()) / (np.quantile(G, 0.99) - G.min()), 0, 1)
+    for attention in found:
+        np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_map_takes_no_gradients_of_weights():
+    model = small_network()
+    ea.attention_map(model, some_images(1), torch.zeros(1, 128), ea.cosine, torch.Generator())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_map_of_a_network_that_sees_nothing_is_flat():
+    def constant(x):
+        return 0 * x.flatten(1)[:, :8] + 1
+
+    black = torch.zeros(1, 8)
+    found = ea.attention_map(constant, some_images(2), black, ea.euclidean, torch.Generator())
+    assert (found == 0).all()
+
+
+def test_map_does_not_depend_on_the_batch_or_its_order():
+    model, images = small_network(), some_images(4)
+    black = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).detach()
+
+    def maps(order):
+        generators = [torch.Generator().manual_seed(i) for i in order]
+        return ea.attention_map(model, images[order], black, ea.cosine, generators)
+
+    together = maps([0, 1, 2, 3])
+    torch.testing.assert_close(maps([3, 1]), together[[3, 1]])
+    torch.testing.assert_close(maps([2]), together[[2]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with two untrained runs, base and BGAugment, of 6 classes x 3 photos: 9 test images,
+    of which class_5/2.png has a full and class_5/1.png an empty mask."""
+    root, rng = tmp_path_factory.mktemp("attention"), np.random.default_rng(0)
+    for k in range(18):
+        name = f"class_{k // 3}/{k % 3}.png"
+        mask = np.zeros((24, 20), np.uint8)
+        mask[6:18, 5:15] = 255
+        mask = {16: 0 * mask, 17: 0 * mask + 255}.get(k, mask)
+        photo = rng.integers(0, 256, (24, 20, 3), np.uint8)
+        for kind, pixels in (("images", photo), ("masks", mask)):
+            (root / "photos" / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / "photos" / kind / name)
+    for part in ("val", "test"):
+        (root / "pool" / part).mkdir(parents=True)
+        background = rng.integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(background).save(root / "pool" / part / "0.png")
+    for flags in ([], ["--bgaugment"]):
+        bgbias.main(["--dataset", str(root / "photos"), "--backgrounds", str(root / "pool"),
+                     "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
+                     "--epochs", "0", "--image-size", str(SIZE), "--device", "cpu", *flags])
+    base, other = (root / f"runs/photos-contrastive-{kind}-s42" for kind in ("base", "bgaugment"))
+    state = torch.load(other / "best.pt", weights_only=True)  # both start alike: move one
+    state["model"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
+    torch.save(state, other / "best.pt")
+    return base, other
+
+
+@pytest.fixture
+def runs(trained):
+    """The two run folders, without any scores."""
+    yield trained
+    for folder in trained:
+        for file in folder.glob("attention*"):
+            file.unlink()
+
+
+def scores_of(folder):
+    return np.array(list(ea.read_scores(ea.open_run(folder, "cpu")).values()))
+
+
+def test_scores_of_a_run(runs):
+    run = ea.open_run(runs[0], "cpu")
+    ea.score_run(run)
+    with np.load(runs[0] / "attention.npz") as saved:
+        assert saved["image"].tolist() == [str(p) for p in run.images]
+        assert len(saved["image"]) == 9
+        np.testing.assert_allclose(saved["p"][-2:], [0, 1])
+        assert np.isfinite(saved["score"]).tolist() == [True] * 8 + [False]
+        expected = (saved["a"][:8] - saved["p"][:8]) / (1 - saved["p"][:8])
+        np.testing.assert_allclose(saved["score"][:8], expected)
+
+
+def test_scores_do_not_depend_on_batch_size_or_shards(runs, monkeypatch):
+    run = ea.open_run(runs[0], "cpu")
+    together = np.array(list(ea.score_run(run).values()))
+    (runs[0] / "attention.npz").unlink()
+    monkeypatch.setattr(ea, "MOST", 2)
+    for i in (2, 1, 3):
+        ea.score_run(run, (i, 3))
+        assert (runs[0] / "attention.npz").exists() == (i == 3)
+    np.testing.assert_allclose(scores_of(runs[0]), together, atol=1e-4)
+
+
+def test_a_shard_prints_no_table(runs, capsys):
+    ea.main([str(runs[0]), "--device", "cpu", "--shard", "2/3"])
+    out = capsys.readouterr().out
+    assert out == f"{runs[0]}: 6 images left to the other shards, no table yet\n"
+
+
+def test_interrupted_scoring_goes_on(runs, monkeypatch):
+    monkeypatch.setattr(ea, "MOST", 2)
+    run, seen = ea.open_run(runs[0], "cpu"), []
+
+    def stopping(*args):
+        for item in scoring(*args):
+            seen.append(item[0])
+            if len(seen) == 5:
+                bgbias.STOP.append(True)
+            yield item
+
+    scoring = ea.attention_maps
+    with monkeypatch.context() as patch:
+        patch.setattr(ea, "attention_maps", stopping)
+        with pytest.raises(bgbias.Stopped):
+            ea.score_run(run)
+        bgbias.STOP.clear()
+        first = scores_of(runs[0])
+        assert len(first) == 6  # the batch it was at is finished
+        seen[:] = [None] * 5
+        ea.score_run(run)
+    assert seen[5:] == [str(p) for p in run.images[6:]]
+    resumed = scores_of(runs[0])
+    np.testing.assert_array_equal(resumed[:6], first)
+    (runs[0] / "attention.npz").unlink()
+    np.testing.assert_allclose(resumed, list(ea.score_run(run).values()), atol=1e-4)
+
+
+def test_another_checkpoint_starts_over(runs):
+    run = ea.open_run(runs[0], "cpu")
+    ea.score_run(run)
+    best = (runs[0] / "best.pt").read_bytes()
+    try:
+        (runs[0] / "best.pt").write_bytes((runs[1] / "best.pt").read_bytes())
+        assert ea.read_scores(ea.open_run(runs[0], "cpu")) == {}
+    finally:
+        (runs[0] / "best.pt").write_bytes(best)
+    assert len(ea.read_scores(run)) == 9
+
+
+# --------------------------------------------------------------------------------------------------
+# Table, figure, checks
+# --------------------------------------------------------------------------------------------------
+
+
+def test_compare():
+    rng = np.random.default_rng(0)
+    base, gain = rng.normal(size=200), rng.normal(0.2, 1, 200)
+    before = {str(i): (b, 0, 0) for i, b in enumerate(base)}
+    after = {str(i): (b + g, 0, 0) for i, (b, g) in enumerate(zip(base, gain))}
+    before["full"] = after["full"] = (np.nan, 0, 1)
+    mean, low, high, share = ea.compare(before, after)
+    assert mean == pytest.approx(gain.mean())
+    assert share == (gain > 0).sum() / 200
+    known = scipy.stats.bootstrap((gain,), np.mean, method="percentile", rng=1)
+    assert (low, high) == pytest.approx(tuple(known.confidence_interval), abs=0.02)
+
+
+def test_summary():
+    values = {"a": 0.25, "b": np.nan, "c": 0.5, "d": -1.0}
+    found = ea.summary({image: (value, 0, 0) for image, value in values.items()})
+    assert found == f"{-0.25 / 3:.3f} ± {statistics.stdev([0.25, 0.5, -1.0]):.3f}"
+
+
+def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
+    flags = ["--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"]
+    ea.main([*map(str, runs), "--device", "cpu", *flags])
+    out = capsys.readouterr().out
+    row = out.splitlines()[2]
+    assert row.startswith("| photos contrastive s42 | 9 |")
+    base, other = scores_of(runs[0])[:8, 0], scores_of(runs[1])[:8, 0]
+    for values in (base, other):
+        assert f"| {values.mean():.3f} ± {values.std(ddof=1):.3f} |" in row
+    assert f"| {(other - base).mean():+.3f} [" in row
+    assert f"| {100 * (other > base).mean():.0f} % |" in row
+    assert "nan" not in out.replace("attention.npz", "")
+    assert "1 of 9 images left out" in out and "class_5/2.png" in out
+    assert out.count("the mask as map scores 1 | 1.000 | yes |") == 2
+    size = 4 * ea.CELL + 3 * ea.GAP, 2 * ea.TEXT + 2 * ea.CELL + ea.GAP
+    assert Image.open(tmp_path / "a.png").size == size
+
+
+def test_paper_numbers_stand_beside_ours(runs):
+    run = ea.open_run(runs[0], "cpu")
+    run.args.dataset, run.args.loss = "cub200", "triplet"
+    lines = ea.table(ea.pair_up([run]), {run.folder: {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}})
+    assert lines.splitlines()[2] == (
+        "| cub200 triplet s42 | 2 | 0.375 ± 0.177 | - | 0.24 ± 0.08 | 0.33 ± 0.09 | - | - |")
+
+
+def test_choose(runs):
+    run = ea.open_run(runs[0], "cpu")
+    gaps = [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
+    found = {"base": {str(p): (0.0, 0, 0) for p in run.images},
+             "bgaugment": {str(p): (gap, 0, 0) for p, gap in zip(run.images, gaps)}}
+    assert ea.choose(run, found, ["3"], True) == [2, 6, 3]
+    assert ea.choose(run, found, ["class_4/1.png", "class_3/0.png"], False) == [4, 0]
+    assert sorted(ea.choose(run, found, ["20"], False)) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert ea.choose(run, found, ["3"], False) == ea.choose(run, found, ["3"], False)
+
+
+def test_heat_map_and_outline():
+    photo, attention = Image.new("RGB", (9, 9), (10, 200, 30)), torch.zeros(9, 9)
+    attention[4, 4] = 1
+    heat = np.asarray(ea.heated(photo, attention))
+    assert heat[4, 4].tolist() == [255, 255, 0]
+    assert len(set(heat[0, 0].tolist())) == 1  # grey
+    mask = np.zeros((9, 9), np.uint8)
+    mask[:, 5:] = 255
+    edge = np.asarray(ea.outlined(photo, Image.fromarray(mask))) != np.asarray(photo)
+    assert edge.any(axis=(0, 2)).tolist() == [False] * 4 + [True] * 2 + [False] * 3
+
+
+def test_occlusion_moves_only_what_is_swapped(runs):
+    run = ea.open_run(runs[0], "cpu")
+    background, object_, p = ea.occlusion(run, ea.load_model(run), [6, 7, 8])
+    assert p.tolist() == pytest.approx([p[0].item(), 0, 1])
+    assert (background[:2] > 1e-3).all() and background[2] < 1e-6  # a full mask has no background
+    assert (object_[[0, 2]] > 1e-3).all() and object_[1] < 1e-6  # an empty one no object
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------
+
+
+def error_of(capsys, *argv):
+    """The one line on stderr; checks the exit code."""
+    with pytest.raises(SystemExit) as ended:
+        bgbias.command("eval_attention.py", lambda: ea.main([*map(str, argv), "--device", "cpu"]))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("eval_attention.py: error: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def copy_of(folder, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "best.pt"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    return copy
+
+
+def test_error_no_run(capsys, tmp_path):
+    assert f"{tmp_path / 'config.json'}: missing" in error_of(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"args": {}}'])
+def test_error_config(capsys, runs, tmp_path, content):
+    copy = copy_of(runs[0], tmp_path)
+    (copy / "config.json").write_text(content)
+    assert f"{copy / 'config.json'}: not of this bgbias.py" in error_of(capsys, copy)
+
+
+def test_error_data_gone(capsys, runs, tmp_path):
+    copy = copy_of(runs[0], tmp_path)
+    saved = json.loads((copy / "config.json").read_text())
+    saved["args"]["dataset"] = str(tmp_path / "gone")
+    (copy / "config.json").write_text(json.dumps(saved))
+    line = error_of(capsys, copy)
+    assert str(copy / "config.json") in line and str(tmp_path / "gone") in line
+
+
+def test_error_checkpoint(capsys, runs, tmp_path):
+    copy = copy_of(runs[0], tmp_path)
+    (copy / "best.pt").write_bytes(b"no checkpoint")
+    assert f"{copy / 'best.pt'}: not a checkpoint of smallconv" in error_of(capsys, copy)
+    (copy / "best.pt").unlink()
+    assert f"{copy / 'best.pt'}: missing" in error_of(capsys, copy)
+
+
+def test_error_scores(capsys, runs, tmp_path):
+    copy = copy_of(runs[0], tmp_path)
+    (copy / "attention.npz").write_bytes(b"PK no scores")
+    assert f"{copy / 'attention.npz'}: not readable" in error_of(capsys, copy)
+
+
+def test_error_same_run_twice(capsys, runs, tmp_path):
+    assert "give one of them" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path))
+
+
+def test_error_figure(capsys, runs, tmp_path):
+    line = error_of(capsys, runs[0], "--figure", tmp_path / "a.png")
+    assert "one base and one BGAugment run" in line
+    assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "a.jpg")
+    assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
+    wanted = ("--figure", tmp_path / "a.png", "--images", "nothing.jpg")
+    assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *wanted)
+    wanted = ("--figure", tmp_path / "a.png", "--images", "0")
+    assert "--images 0: no test image" in error_of(capsys, *runs, *wanted)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b"])
+def test_error_shard(capsys, text):
+    with pytest.raises(SystemExit) as ended:
+        ea.main(["run", "--shard", text])
+    assert ended.value.code == 2
+    assert "--shard" in capsys.readouterr().err
