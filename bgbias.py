@@ -792,15 +792,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings are not finite")
-    # With one dimension more, an item's inner product with a query is the larger the nearer it is.
-    # Padding makes N a multiple of GROUP; what is padded on is infinitely far.
-    extended, padding = F.pad(embeddings, (0, 1), value=1), -len(gallery) % GROUP
-    offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
-    gallery = torch.cat([F.pad(gallery, (0, 0, 0, padding)), offsets[:, None]], dim=1)  # (N, D + 1)
-    chunk, sums = gallery.new_empty(max(1, 2**24 // len(gallery)), len(gallery)), Counter()
-    for q in queries.split(len(chunk)):
-        near = torch.mm(extended[q], gallery.T, out=chunk[:len(q)])  # (Q, N), in memory used before
-        near.scatter_(1, q[:, None], -math.inf)
+    sums = Counter()
+    for q, near in nearness(embeddings, gallery, queries):
         R = others[q, None]  # (Q, 1)
         slots = torch.arange(int(R.max()) + 1, device=q.device)
         own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
@@ -813,6 +806,19 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
         for k in ks:
             sums[f"recall@{k}"] += (wrong_before < k).sum()
     return {name: float(total) / len(queries) for name, total in sums.items()}
+
+
+def nearness(embeddings, gallery, queries):
+    """Yields chunks q (Q,) of the queries and near (Q, N), the larger the nearer a gallery item is
+    to the query, -inf for the query's own. N is padded to a multiple of GROUP, with -inf."""
+    # With a dimension more, that is an inner product: q . g - |g|^2 / 2.
+    extended, padding = F.pad(embeddings, (0, 1), value=1), -len(gallery) % GROUP
+    offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
+    gallery = torch.cat([F.pad(gallery, (0, 0, 0, padding)), offsets[:, None]], dim=1)  # (N, D + 1)
+    chunk = gallery.new_empty(max(1, 2**24 // len(gallery)), len(gallery))  # new memory is slow
+    for q in queries.split(len(chunk)):
+        near = torch.mm(extended[q], gallery.T, out=chunk[:len(q)])
+        yield q, near.scatter_(1, q[:, None], -math.inf)
 
 
 def ranks(near, right, k):
