@@ -44,7 +44,7 @@ fetch() {  # fetch FILE URL KIND DIGITS: FILE is there, whole and verified, or t
     mkdir -p "$(dirname "$1")"
     get() { curl -fsSL --connect-timeout 30 -Y 1 -y 60 --retry 3 -C - -o "$1.part" "$2" 2>&1; }
     error=$(get "$@") || { [ $? = 33 ] && rm "$1.part" && error=$(get "$@"); } ||  # 33: no resuming
-        die "$2: ${error##*curl: }; try again, or set this URL's variable to another"
+        die "$2 to $1: ${error##*curl: }; mend that and try again, or set its variable to another"
     if [[ $("$3sum" <"$1.part") != "$4"* ]]; then
         rm "$1.part"
         die "$2: its $3 does not begin with $4, deleted; try again, or set its variable to another"
@@ -59,8 +59,9 @@ unpacked() {  # unpacked ARCHIVE URL MD5: its folder, of the same name, is there
     if [ "$dry" ]; then return; fi
     rm -rf "$archive.d"
     if [[ $1 == *.zip ]]; then filter=; fi  # leaves out what would leave the folder; tar refuses it
-    unpack='import shutil, sys; shutil.unpack_archive(*sys.argv[1:3], filter=sys.argv[3] or None)'
-    error=$(python -c "$unpack" "$archive" "$archive.d" "$filter" 2>&1) ||
+    error=$(python -c 'import shutil, sys
+shutil.unpack_archive(*sys.argv[1:3], filter=sys.argv[3] or None)' \
+        "$archive" "$archive.d" "$filter" 2>&1) ||
         die "$archive: not unpacked, ${error##*$'\n'}; make room, or delete it"
     found=$(find "$archive.d" -type d -name "$folder" -print -quit)
     [ "$found" ] || die "$archive: has no folder $folder; delete it and set its variable to another"
@@ -74,11 +75,12 @@ data() {
         sop) unpacked Stanford_Online_Products.zip "$SOP_URL" "$SOP_MD5" ;;
         cars196) [ "$dry" ] || [ -e "$DATA/car_ims" ] || [ -e "$DATA/cars_train" ] ||
             [ -e "$DATA/cars196" ] || [ -e "$DATA/stanford_cars" ] ||
-            die "nobody serves cars196 any more: put car_ims/, cars_annos.mat into $DATA/cars196/," \
-                "or cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat" ;;
+            die "nobody serves cars196 any more; put into $DATA/cars196 car_ims/, cars_annos.mat" \
+                "or cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
     esac
     unpacked unsplash_backgrounds.tar.gz "$PHOTOS_URL" "$PHOTOS_MD5"
-    fetch "$HUB/bn_inception-52deb4733.pth" "$WEIGHTS_URL" sha256 "$WEIGHTS_SHA256"
+    [[ $FLAGS == *--weights* ]] || fetch "$HUB/bn_inception-52deb4733.pth" "$WEIGHTS_URL" \
+        sha256 "$WEIGHTS_SHA256"
 }
 
 masks() {  # a share for every GPU
@@ -117,7 +119,7 @@ job() {  # job NAME COMMAND...: on the next free GPU, with its own log
     say "$1: $3 on GPU $gpu, log in $RUNS/$1.log"
     set -m  # a process group of its own, which stop() reaches whole
     (
-        trap : TERM  # lives on to tell how the command ended
+        trap exit TERM  # once the command has saved its state and ended, and without a word
         if CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >>"$RUNS/$1.log" 2>&1; then say "$1: $3 is done"
         else failed "$1" "$(tail -n 1 "$RUNS/$1.log")"; fi
         echo "$gpu" >&3
@@ -144,7 +146,8 @@ cost() {  # a line a dataset: what all of it takes, what is left
             /^  "epochs": / { whole += $2; done++ }
             END {
                 split(words, w, " ")
-                print w[1] ": " w[2] " runs, " w[3] " left, " w[4] " images, " w[5] + w[2] * w[6] " GB"
+                printf "%s: %d runs, %d left, %s images, ", w[1], w[2], w[3], w[4]
+                printf "about %.1f GB of disk\n", w[5] + w[2] * w[6]
                 if (!epochs) { print "    hours: not known before the first epochs"; exit }
                 each = done ? whole / done : 16  # the fewest: 15 without a better one
                 printf "    %.1f hours left, if a run takes %d epochs of %.1f s\n",
