@@ -92,7 +92,10 @@ masks() {  # a share for every GPU
 }
 
 train() {
-    if [ -e "$RUNS/$name/result.json" ]; then say "$name: is done" >&2; return; fi
+    if [ -e "$RUNS/$name/result.json" ]; then
+        [ "$dry" ] || say "$name: is done"
+        return
+    fi
     local augment=
     if [ "$kind" = bgaugment ]; then augment=--bgaugment; fi
     # shellcheck disable=SC2086  # several words, or none
