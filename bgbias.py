@@ -149,6 +149,7 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResize
 DRAWS = 5  # random draws of backgrounds at test time; validation draws once an epoch
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # else 1, 2, 4, 8
 CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
+GROUP = 32  # of the search for the nearest neighbours
 EVAL_BATCH = 64  # part of the seed of the evaluation's backgrounds: not a flag
 
 # Network input: channel order, mean, standard deviation, for pixels in [0, 255].
@@ -199,11 +200,14 @@ def dataset_root(dataset, data):
     return Path(dataset)
 
 
-def need(file):
-    """`file`, if it is there. Raises UserError."""
+def need(file, read):
+    """read(file) of a dataset's list. Raises UserError if it is missing or broken."""
     if not file.exists():
         raise UserError(f"{file}: missing list; see README, Data")
-    return file
+    try:
+        return read(file)
+    except Exception as error:  # scipy raises nearly anything
+        raise UserError(f"{file}: broken list ({error!r}); get it again, README, Data") from error
 
 
 def list_cars196(root):
@@ -217,15 +221,18 @@ def list_cars196(root):
         test = test if (root / test).exists() else f"devkit/{test}"
         lists = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
                  (test, "cars_test", "fname")]
-    return [(root / folder / row[field], int(row["class"]) - 1) for file, folder, field in lists
-            for row in loadmat(need(root / file), simplify_cells=True)["annotations"]]
+    return [item for file, folder, field in lists for item in need(root / file, lambda file: [
+        (root / folder / row[field], int(row["class"]) - 1)
+        for row in loadmat(file, simplify_cells=True)["annotations"]])]
 
 
 def list_sop(root):
     """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
-    rows = [line.split() for name in ("Ebay_train.txt", "Ebay_test.txt")
-            for line in need(root / name).read_text().splitlines()[1:]]
-    return [(root / path, int(label) - 1) for _, label, _, path in rows]
+    def read(file):
+        rows = (line.split() for line in file.read_text().splitlines()[1:])
+        return [(root / path, int(label) - 1) for _, label, _, path in rows]
+
+    return need(root / "Ebay_train.txt", read) + need(root / "Ebay_test.txt", read)
 
 
 def list_folder(root):
@@ -322,7 +329,7 @@ def toy_texture(seed, size):
     return Image.fromarray(image.astype(np.uint8))
 
 
-def toy_class(rng, photos=20, size=54, share=0.9):
+def toy_class(rng, photos=20, size=54, share=0.95):
     """Yields (photo, mask), PIL images, of one class: its pattern (two colours on a symmetric 5 x 5
     grid) under random scale, rotation, shift and light, mostly before its seller's backdrop."""
     half = rng.random((5, 3)) < 0.5
@@ -363,8 +370,10 @@ def make_toy(root, seed=2022):
             toy_texture([seed, k, i, 1], 80).save(draft / "backgrounds" / part / f"{i:02d}.png")
     try:
         draft.rename(root)
-    except OSError:  # another run was faster
+    except OSError:  # another run was faster, or the error stands
         shutil.rmtree(draft)
+        if not root.exists():
+            raise
     return root
 
 
@@ -415,12 +424,18 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Bytes that can be had without swapping: what Linux says, elsewhere half the machine's."""
+    """Bytes that can be had: what Linux and, if any, the container's limit say; elsewhere half."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
+                       for name in ("memory.max", "memory.current"))
+        return min(free, limit - used)
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
 
 
 def random_view(photo, size):
@@ -507,6 +522,7 @@ class MPerClassSampler:
     number or several) gives the same lists. Raises ValueError if there are too few classes."""
 
     def __init__(self, labels, m, batch_size, batches, seed):
+        labels = np.asarray(labels)
         self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self.m, self.batch_size, self.batches, self.seed = m, batch_size, batches, seed
         if batch_size % m or batch_size // m > len(self.members):
@@ -553,6 +569,13 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 }
 
 
+def conv(width, out, kernel, stride=1):
+    """A padded convolution that, untrained, keeps the scale: no BatchNorm here does (Section 4)."""
+    layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
+    nn.init.kaiming_normal_(layer.weight)
+    return layer
+
+
 class BNInception(nn.Module):
     """BN-Inception (Ioffe & Szegedy 2015): (B, 3, H, W) BGR, mean-subtracted -> (B, 1024).
     Its parameters are named as in the public checkpoint bn_inception-52deb4733.pth."""
@@ -575,10 +598,10 @@ class BNInception(nn.Module):
                 self.add(f"{name}_pool_proj", width, projection, 1)
 
     def add(self, name, width, out, kernel, stride=1):
-        self.add_module(name, nn.Conv2d(width, out, kernel, stride, kernel // 2))
+        self.add_module(name, conv(width, out, kernel, stride))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(out))
 
-    def conv(self, x, *names):
+    def branch(self, x, *names):
         for name in names:
             x = F.relu(self.get_submodule(f"{name}_bn")(self.get_submodule(name)(x)))
         return x
@@ -589,16 +612,16 @@ class BNInception(nn.Module):
         stride, padding = (1, 1) if one else (2, 0)
         pooling = F.avg_pool2d if pool == "avg" else F.max_pool2d
         pooled = pooling(x, 3, stride, padding, ceil_mode=True)
-        branches = [self.conv(x, f"{name}_1x1")] if one else []
-        branches.append(self.conv(x, f"{name}_3x3_reduce", f"{name}_3x3"))
+        branches = [self.branch(x, f"{name}_1x1")] if one else []
+        branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
         double = ("reduce", "1", "2")
-        branches.append(self.conv(x, *(f"{name}_double_3x3_{part}" for part in double)))
-        branches.append(self.conv(pooled, f"{name}_pool_proj") if projection else pooled)
+        branches.append(self.branch(x, *(f"{name}_double_3x3_{part}" for part in double)))
+        branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
         return torch.cat(branches, dim=1)
 
     def forward(self, x):
-        x = self.conv(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
-        x = self.conv(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
+        x = self.branch(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
+        x = self.branch(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
         x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # (B, 192, 28, 28)
         for block in BLOCKS:
             x = self.block(x, block)
@@ -609,9 +632,7 @@ def smallconv():
     """Four 3x3 convolution blocks for the toy set: (B, 3, H, W) -> (B, 128)."""
     layers = []
     for width, out in itertools.pairwise((3, 16, 32, 64, 128)):
-        conv = nn.Conv2d(width, out, 3, padding=1)
-        nn.init.kaiming_normal_(conv.weight)  # keeps the scale, there being no BatchNorm
-        layers += [conv, nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [conv(width, out, 3), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers[:-1], nn.AdaptiveMaxPool2d(1), nn.Flatten())
 
 
@@ -633,7 +654,8 @@ def build_backbone(name, weights):
         raise UserError(f"--weights imagenet: no download ({error}); use --weights FILE") from error
     if weights not in ("imagenet", "none"):
         load_weights(network, name, weights)
-    network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too
+    network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
+    network.transform_input = weights != "none"  # and rescale the input as their weights want it
     classifier = [n for n, layer in network.named_modules()
                   if 1000 in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
     network.set_submodule(classifier[-1], nn.Identity())
@@ -698,6 +720,9 @@ class Embedder(nn.Module):
 # 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 # --------------------------------------------------------------------------------------------------
 
+# Called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]); the lr_loss among
+# those is the optimiser's.
+
 
 def pairs(labels):
     """Positive and negative pairs, two (B, B) booleans: same label and i != j; other label."""
@@ -746,7 +771,7 @@ def class_cosines(embeddings, weight):
     return F.normalize(embeddings, dim=1) @ F.normalize(weight, dim=1).T
 
 
-def arcface(embeddings, labels, weight, *, margin, scale):
+def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
     """cross-entropy of scale cos(theta_c), for the own class scale cos(theta_c + margin degrees)
     (Deng et al. 2019, in the plain form for theta + margin > 180 degrees too)"""
     cosines = class_cosines(embeddings, weight)
@@ -756,7 +781,7 @@ def arcface(embeddings, labels, weight, *, margin, scale):
     return F.cross_entropy(scale * logits, labels)
 
 
-def normalized_softmax(embeddings, labels, weight, *, temperature):
+def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None):
     """cross-entropy of cos(e, W_c) / temperature  (Zhai & Wu 2019)"""
     return F.cross_entropy(class_cosines(embeddings, weight) / temperature, labels)
 
@@ -779,11 +804,13 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
     `gallery` (N, D), other embeddings of the same items, it queries those; its own never counts. R
     is the number of other items with the query's label; queries with R = 0 are left out. Raises
-    ValueError if that leaves none. Section 4.3. In chunks, so memory does not grow with N squared.
+    ValueError if that leaves none, FloatingPointError on nan or inf. Section 4.3. Works in chunks:
+    memory does not grow with N squared.
     """
     # DIFF: of equally near items the wrong come first; in the authors' library the order decides.
     # An embedding that maps everything to one point scores 0 so, whatever the order of the files.
-    gallery = embeddings if gallery is None else gallery
+    embeddings = torch.as_tensor(embeddings)
+    gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
     _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
     members, first = labels.argsort(), counts.cumsum(0) - counts  # items by label; its first
@@ -791,27 +818,46 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     queries = others.argsort()[(others == 0).sum():]  # those of similar R share a chunk
     if len(queries) == 0:
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
-    norms, sums = gallery.square().sum(dim=1) / 2, Counter()
-    for q in queries.split(max(1, 2**24 // len(gallery))):
-        R = others[q, None]  # (Q, 1)
-        near = (embeddings[q] @ gallery.T).sub_(norms)  # (Q, N), ordered as minus the distance
+    if not (embeddings.isfinite().all() and gallery.isfinite().all()):
+        raise FloatingPointError("the embeddings are not finite")
+    padding = -len(gallery) % GROUP  # makes N a multiple of GROUP; these are infinitely far
+    offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
+    gallery, sums = F.pad(gallery, (0, 0, 0, padding)), Counter()
+    for q in queries.split(max(1, 2**22 // len(gallery))):
+        near = torch.addmm(offsets, embeddings[q], gallery.T)  # (Q, N), larger is nearer
         near.scatter_(1, q[:, None], -math.inf)
+        R = others[q, None]  # (Q, 1)
         slots = torch.arange(int(R.max()) + 1, device=q.device)
         own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
         right = near.gather(1, own).masked_fill_(slots > R, -math.inf)
         right = right.sort(descending=True).values[:, :-1]  # (Q, R), without the query itself
-        # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
-        best = near.topk(min(2 * len(slots) - 1, near.shape[1])).values
-        hits = slots[1:]  # how many right items there are up to each right item, itself included
-        rank = hits + at_least(best, right) - at_least(right, right)
+        hits, rank, wrong_before = ranks(near, right)
         found = (rank <= R) & (hits <= R)
         sums["map@r"] += ((found * hits / rank).sum(dim=1, keepdim=True) / R).sum()
         sums["r_precision"] += (found.sum(dim=1, keepdim=True) / R).sum()
-        nearest = right[:, :1]
-        wrong_before = (near >= nearest).sum(dim=1) - (right >= nearest).sum(dim=1)
         for k in ks:
             sums[f"recall@{k}"] += (wrong_before < k).sum()
     return {name: float(total) / len(queries) for name, total in sums.items()}
+
+
+def ranks(near, right):
+    """Of each query's right items, sorted from the nearest: how many there are up to it (R,), its
+    rank (Q, R), exact up to R, and how many wrong ones come before the first (Q,). near (Q, N) and
+    right (Q, R) are minus distances. Overwrites both."""
+    hits = torch.arange(1, right.shape[1] + 1, device=right.device)
+    # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
+    best = largest(near, min(2 * len(hits) + 1, near.shape[1]))
+    rank = hits + at_least(best, right) - at_least(right, right)
+    nearest = right[:, :1].clone()
+    return hits, rank, near.ge_(nearest).sum(dim=1) - right.ge_(nearest).sum(dim=1)  # of 0.0, 1.0
+
+
+def largest(values, k):
+    """The k largest of each row of values (Q, N), N a multiple of GROUP: (Q, k), sorted. They lie
+    in the k groups with the largest maxima, so that one quick pass leaves little to sort."""
+    groups = values.unflatten(1, (GROUP, -1))  # (Q, GROUP, N / GROUP): a group is a column
+    chosen = groups.amax(dim=1).topk(min(k, groups.shape[2])).indices
+    return groups.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1).topk(k).values
 
 
 def at_least(values, bounds):
@@ -914,14 +960,14 @@ class Trainer:
         torch.manual_seed(mix(args.seed, INIT))
         weights = "none" if (run / "last.pt").exists() else args.weights  # no download to resume
         self.model = Embedder(args.backbone, weights, args.image_size).to(args.device)
-        hparams = dict(HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss])
+        hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
         groups = [{"params": self.model.parameters(), "lr": args.lr}]
         self.labels = index.labels[index.split["train"]]
         self.weight = None
         if args.loss in CLASSIFICATION:
             weight = torch.randn(self.labels.max() + 1, EMBEDDING)
             self.weight = nn.Parameter(weight.to(args.device))
-            groups.append({"params": [self.weight], "lr": hparams.pop("lr_loss")})
+            groups.append({"params": [self.weight], "lr": hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.loss = lambda e, y: LOSSES[args.loss](e, y, self.weight, **hparams)
         self.progress = dict(epoch=1, step=0, loss=0.0, seconds=0.0, best=-1.0, best_epoch=0)
@@ -953,6 +999,10 @@ class Trainer:
         except Stopped:
             self.save("last.pt")
             raise
+        except FloatingPointError as error:
+            epoch = self.progress["epoch"]
+            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; {self.run} keeps the one "
+                            "before; lower --lr and start --fresh") from error
         if not (self.run / "best.pt").exists():  # --epochs 0: the untrained network is the result
             self.save("best.pt")
 
@@ -980,7 +1030,7 @@ class Trainer:
                 raise Stopped
 
     def train_step(self, photos, backgrounds, labels):
-        """One optimiser step; returns the loss. Raises UserError if it is not finite."""
+        """One optimiser step; returns the loss. Raises FloatingPointError if it is not finite."""
         p = self.progress
         torch.manual_seed(mix(self.args.seed, STEP, p["epoch"], p["step"]))  # for dropout
         images, masks = unpack(photos)
@@ -988,8 +1038,7 @@ class Trainer:
             images = replace_background(images, masks, backgrounds[0].float())
         loss = self.loss(self.model(self.model.normalise(images)), labels)
         if not math.isfinite(value := loss.item()):
-            raise UserError(f"--lr {self.args.lr}: the loss is {value} in epoch {p['epoch']}; "
-                            f"{self.run} keeps the state before; lower --lr and start --fresh")
+            raise FloatingPointError(f"the loss is {value}")
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -1237,34 +1286,38 @@ def number(low, kind=int):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"Defaults are the paper's. With --dataset toy: {DEFAULTS['toy']}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="toy", help="toy, cars196, cub200, sop or FOLDER of images/<class>/")
-    add("--loss", default="contrastive", choices=LOSSES, help="training loss")
-    add("--bgaugment", action="store_true", help="replace the background of every training image")
-    add("--data", default="data", help="folder that holds the named datasets")
-    add("--backgrounds", help="folder with val/ and test/ photos; else DATA/unsplash_backgrounds")
-    add("--runs", default="runs", help="folder that holds the run folders")
-    add("--seed", type=number(0), default=42, help="fixes every random number")
-    add("--epochs", type=number(0), help="at most so many; 0 tests the untrained network")
-    add("--iterations", type=number(1), help="batches an epoch")
-    add("--patience", type=number(1), default=15, help="epochs without a better one to stop after")
-    add("--batch-size", type=number(2), default=32, help="images a batch")
-    add("--lr", type=number(0, float), help="learning rate of the network (class weights: HPARAMS)")
-    add("--backbone", help="bninception, smallconv or a torchvision classifier such as resnet50")
-    add("--weights", help="imagenet, none (random) or a checkpoint file of the backbone")
-    add("--image-size", type=number(16), help="side of the crops in px, of photos 256/227 as wide")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=number(0), help="processes that prepare batches; else 8 for a GPU or 0")
-    add("--select", choices=("clean", "corrupted"),
-        help="validation that picks the best epoch; else corrupted with --bgaugment, clean without")
-    add("--fresh", action="store_true", help="delete the run's folder and start over")
-    add("--test-only", action="store_true", help="test the run's best.pt again")
-    add("--nmi", action="store_true", help="report NMI of the test embeddings too (slow)")
-    add("--report", metavar="RUNS", help="print tables of all runs in RUNS, draw RUNS/report.png")
-    toy = parser.parse_known_args(argv)[0].dataset == "toy"
-    parser.set_defaults(**DEFAULTS["toy" if toy else "paper"])
+        epilog=f"Defaults, in brackets, are the paper's. With --dataset toy: {DEFAULTS['toy']}.")
+
+    def add(flag, help, **options):
+        takes_value = "action" not in options
+        parser.add_argument(flag, help=help + " [%(default)s]" * takes_value, **options)
+
+    add("--dataset", "toy, cars196, cub200, sop or FOLDER of images/<class>/", default="toy")
+    add("--loss", "training loss", choices=LOSSES, default="contrastive")
+    add("--bgaugment", "replace the background of every training image", action="store_true")
+    add("--data", "folder that holds the named datasets", default="data")
+    add("--backgrounds", "folder with val/ and test/ photos; None: DATA/unsplash_backgrounds")
+    add("--runs", "folder that holds the run folders", default="runs")
+    add("--seed", "fixes every random number", type=number(0), default=42)
+    add("--epochs", "at most so many; 0 tests the untrained network", type=number(0))
+    add("--iterations", "batches an epoch", type=number(1))
+    add("--patience", "epochs without improvement before it stops", type=number(1), default=15)
+    add("--batch-size", "images a batch", type=number(2), default=32)
+    add("--lr", "learning rate of the network, not of class weights", type=number(0, float))
+    add("--backbone", "bninception, smallconv or a torchvision classifier such as resnet50")
+    add("--weights", "imagenet, none (random) or a checkpoint file of the backbone")
+    add("--image-size", "side of the crops in px; photos: 256/227 of it", type=number(16))
+    add("--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
+    add("--workers", "processes that prepare batches; None: 8 for a GPU, else 0", type=number(0))
+    add("--select", "validation that picks the epoch; None: corrupted with --bgaugment, else clean",
+        choices=("clean", "corrupted"))
+    add("--fresh", "delete the run's folder and start over", action="store_true")
+    add("--test-only", "test the run's best.pt again", action="store_true")
+    add("--nmi", "report NMI of the test embeddings too (slow)", action="store_true")
+    add("--report", "print the tables of all runs in RUNS, draw RUNS/report.png", metavar="RUNS")
+    parser.set_defaults(**DEFAULTS["paper"])
+    if parser.parse_known_args(argv)[0].dataset == "toy":
+        parser.set_defaults(**DEFAULTS["toy"])
     return complete(parser.parse_args(argv))
 
 
@@ -1302,11 +1355,12 @@ def open_run(args):
         if args.test_only:
             raise UserError(f"--test-only: no run in {run}; train it first")
         run.mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                             cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = shutil.which("git") and subprocess.run(
+            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True, text=True).stdout.strip()
         gpu = args.device.startswith("cuda")
         write_json(file, {
-            "args": vars(args), "git": git.stdout.strip() or "unknown",
+            "args": vars(args), "git": git or "unknown",
             "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
             "python": sys.version.split()[0], "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": np.__version__})

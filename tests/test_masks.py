@@ -1,0 +1,413 @@
+"""masks.py, run for real: rembg, onnxruntime and files, with a network of one layer as u2net.
+
+The network is the mean over the channels of its input, so that a mask is the photo's brightness,
+stretched to 0 ... 255: easy to foresee for a photo that the test paints.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import jaccard_score, recall_score
+
+import bgbias
+import masks
+
+# --------------------------------------------------------------------------------------------------
+# The network and the photos
+# --------------------------------------------------------------------------------------------------
+
+
+def field(number, content):
+    """One field of a protobuf message: an integer, or bytes with their length before them."""
+    if isinstance(content, int):
+        return varint(number << 3) + varint(content)
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def onnx_mean():
+    """An ONNX file of u2net's shapes, (1, 3, 320, 320) -> (1, 1, 320, 320): ReduceMean over axis 1.
+    Field numbers from onnx.proto; there is no onnx package among the requirements."""
+    def tensor(name, channels):
+        dims = b"".join(field(1, field(1, n)) for n in (1, channels, 320, 320))
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
+
+    axes = field(1, b"axes") + field(8, 1) + field(20, 7)
+    node = field(1, b"photo") + field(2, b"mask") + field(4, b"ReduceMean") + field(5, axes)
+    ends = field(11, tensor(b"photo", 3)) + field(12, tensor(b"mask", 1))
+    graph = field(1, node) + field(2, b"mean") + ends
+    return field(1, 8) + field(7, graph) + field(8, field(2, 13))  # IR 8, operators 13
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path, monkeypatch):
+    """The network under u2net's name where rembg looks for it; returns its folder."""
+    home = tmp_path / "models"
+    home.mkdir()
+    (home / "u2net.onnx").write_bytes(onnx_mean())
+    monkeypatch.setenv("U2NET_HOME", str(home))
+    return home
+
+
+def noise(seed, height=24, width=40):
+    """A photo (H, W, 3) uint8 that is nowhere flat."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """FOLDER/images/<class>/: 3 classes of 2 photos."""
+    root = tmp_path / "shop"
+    for i in range(6):
+        path = root / "images" / "abc"[i // 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i)).save(path)
+    return root
+
+
+def run(capsys, *flags):
+    """(exit code, stdout, stderr) of the command line."""
+    with pytest.raises(SystemExit) as end:
+        bgbias.command("masks.py", lambda: masks.main([str(flag) for flag in flags]))
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert (image.format, image.mode) == ("PNG", "L")
+        return np.asarray(image)
+
+
+def files(root):
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+# --------------------------------------------------------------------------------------------------
+# Making masks
+# --------------------------------------------------------------------------------------------------
+
+
+def test_mask_is_the_network_output_at_the_photo_s_size(dataset, capsys):
+    assert run(capsys, "--dataset", dataset)[0] == 0
+    names = ["a/0.png", "a/1.png", "b/2.png", "b/3.png", "c/4.png", "c/5.png"]
+    assert files(dataset / "masks") == names
+    small = Image.fromarray(noise(3)).resize((320, 320), Image.LANCZOS)
+    x = np.asarray(small) / np.asarray(small).max()
+    x = ((x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).mean(2)
+    x = Image.fromarray(((x - x.min()) / (x.max() - x.min()) * 255).astype(np.uint8))
+    expected = np.asarray(x.resize((40, 24), Image.LANCZOS)).astype(int)
+    assert np.abs(read(dataset / "masks/b/3.png") - expected).max() <= 2  # rounding, twice
+
+
+def test_masks_are_those_of_rembg(dataset, capsys):
+    from rembg import new_session, remove
+
+    run(capsys, "--dataset", dataset)
+    session = new_session("u2net")
+    for photo in sorted((dataset / "images").rglob("*.png")):  # bytes to bytes, as `rembg p -om`
+        theirs = remove(photo.read_bytes(), session=session, only_mask=True)
+        (dataset / "theirs.png").write_bytes(theirs)
+        ours = read(bgbias.mask_path(dataset, photo))
+        np.testing.assert_array_equal(ours, read(dataset / "theirs.png"))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # one pixel: rembg stretches 0 to 0
+def test_every_kind_of_photo_gets_a_mask_of_its_size(tmp_path, capsys):
+    rgb, grey = Image.fromarray(noise(0)), Image.fromarray(noise(0)[..., 0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees, which would swap the sides
+    photos = {"rgb.png": rgb, "grey.png": grey, "web.webp": rgb, "palette.png": rgb.quantize(16),
+              "cmyk.jpg": rgb.convert("CMYK"), "alpha.png": rgb.convert("RGBA"),
+              "greyalpha.png": grey.convert("LA"), "bits.png": grey.convert("1"),
+              "sixteen.png": Image.fromarray(np.asarray(grey).astype(np.uint16) * 257),
+              "dot.png": Image.new("RGB", (1, 1), "red")}
+    photos |= {"turned.png": rgb, "turned_jpeg.jpg": rgb}
+    found = {}
+    for i, (name, photo) in enumerate(photos.items()):
+        path = tmp_path / "shop/images" / "abc"[i % 3] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(path, **{"exif": exif} if "turned" in name else {})
+        found[path.stem] = path
+    code, out, _ = run(capsys, "--dataset", tmp_path / "shop")
+    assert code == 0 and "12 images: 12 new" in out
+    for name, path in found.items():
+        found[name] = read(bgbias.mask_path(tmp_path / "shop", path))
+        with Image.open(path) as image:
+            assert found[name].shape == image.size[::-1], name
+    for name, plain in (("turned", "rgb"), ("alpha", "rgb"), ("sixteen", "grey")):
+        np.testing.assert_array_equal(found[name], found[plain], name)
+
+
+def test_resumes_with_what_is_missing_or_cut_off(dataset, capsys):
+    run(capsys, "--dataset", dataset)
+    made = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (dataset / "masks").rglob("*.png")}
+    lost, cut, blank = (dataset / "masks" / name for name in ("a/0.png", "b/2.png", "c/5.png"))
+    lost.unlink()
+    cut.write_bytes(made[cut][0][:-5])
+    blank.write_bytes(b"")
+    code, out, _ = run(capsys, "--dataset", dataset)
+    assert code == 0 and "6 images: 3 new, 3 skipped" in out
+    for path, (content, modified) in made.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == modified) == (path not in (lost, cut, blank))
+
+
+def test_with_nothing_to_do_no_model_is_needed(dataset, model, capsys):
+    run(capsys, "--dataset", dataset)
+    (model / "u2net.onnx").unlink()
+    code, out, err = run(capsys, "--dataset", dataset)
+    assert (code, out.strip()) == (0, "6 images: 6 skipped")
+
+
+def test_kill_leaves_whole_masks_only(tmp_path, capsys):
+    root = tmp_path / "shop"
+    for i in range(120):
+        path = root / "images" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(i, 96, 96)).save(path, compress_level=1)
+    command = [sys.executable, masks.__file__, "--dataset", str(root)]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while job.poll() is None and len(list((root / "masks").rglob("*.png"))) < 5:
+        time.sleep(0.001)
+    job.kill()
+    assert job.wait() == -9, "the job ended before it was killed"
+    left = sorted((root / "masks").rglob("*.png"))
+    assert 5 <= len(left) < 120
+    assert all(read(path).shape == (96, 96) for path in left)
+    code, out, _ = run(capsys, "--dataset", root)
+    assert code == 0 and f"120 images: {120 - len(left)} new, {len(left)} skipped" in out
+    assert run(capsys, "--dataset", root, "--verify")[:2] == (0, "120 images: 120 present\n")
+
+
+def test_broken_images_are_listed_and_the_rest_is_made(dataset, capsys):
+    text, cut = dataset / "images/a/1.png", dataset / "images/c/4.png"
+    text.write_text("no image")
+    cut.write_bytes(cut.read_bytes()[:200])
+    code, out, err = run(capsys, "--dataset", dataset)
+    assert code == 1 and "Traceback" not in err
+    assert "6 images: 4 new, 2 failed" in out
+    listed = out.split("failed: 2\n")[1].splitlines()
+    assert len(listed) == 2 and str(text) in listed[0] and str(cut) in listed[1]
+    assert files(dataset / "masks") == ["a/0.png", "b/2.png", "b/3.png", "c/5.png"]
+
+
+def test_shards_share_the_images(dataset, capsys):
+    made = []
+    for i in (1, 2, 3, 4):
+        assert run(capsys, "--dataset", dataset, "--shard", f"{i}/4")[0] == 0
+        made.append([name for name in files(dataset / "masks") if name not in sum(made, [])])
+    assert made == [["a/0.png", "c/4.png"], ["a/1.png", "c/5.png"], ["b/2.png"], ["b/3.png"]]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0"])
+def test_wrong_shard(text, dataset, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--shard", text)
+    assert code == 2 and "--shard" in err and text in err
+
+
+# --------------------------------------------------------------------------------------------------
+# The summary, --verify, --sheet
+# --------------------------------------------------------------------------------------------------
+
+
+def paint(path, ground, spot):
+    """A photo of one colour with a small square of another: a mask almost empty, or almost full."""
+    pixels = np.full((100, 100, 3), ground, np.uint8)
+    pixels[40:46, 40:46] = spot
+    Image.fromarray(pixels).save(path)
+
+
+def test_suspicious_masks_are_listed_by_path(dataset, capsys):
+    paint(dataset / "images/a/0.png", 0, 255)
+    paint(dataset / "images/b/3.png", 255, 0)
+    expected = (f"empty, under 1% foreground: 1\n  {dataset / 'masks/a/0.png'}\n"
+                f"full, over 99% foreground: 1\n  {dataset / 'masks/b/3.png'}\n")
+    code, out, _ = run(capsys, "--dataset", dataset)
+    assert code == 0 and out.endswith("6 images: 6 new\n" + expected)
+    code, out, _ = run(capsys, "--dataset", dataset, "--verify")
+    assert (code, out) == (0, "6 images: 6 present\n" + expected)
+
+
+def test_verify_finds_what_training_would_trip_over(dataset, capsys):
+    run(capsys, "--dataset", dataset)
+    names = ("a/0.png", "a/1.png", "b/2.png", "b/3.png")
+    missing, small, cutout, cut = (dataset / "masks" / name for name in names)
+    missing.unlink()
+    Image.new("L", (24, 40)).save(small)
+    Image.new("RGBA", (40, 24)).save(cutout)  # rembg without -om
+    cut.write_bytes(cut.read_bytes()[:-60])
+    code, out, _ = run(capsys, "--dataset", dataset, "--verify")
+    assert code == 1 and "6 images: 2 present, 1 missing, 3 wrong" in out
+    assert f"missing: 1\n  {missing}\nwrong: 3\n" in out
+    lines = out.split("wrong: 3\n")[1].splitlines()
+    for path, line in zip((small, cutout, cut), lines, strict=True):
+        assert line.startswith(f"  {path}: ")
+    assert not missing.exists(), "--verify makes nothing"
+
+
+def test_sheet_shows_photo_mask_and_cutout_suspicious_first(dataset, tmp_path, capsys):
+    paint(dataset / "images/c/5.png", [0, 0, 0], [0, 200, 0])
+    sheet = tmp_path / "sheet.png"
+    assert run(capsys, "--dataset", dataset, "--sheet", sheet)[0] == 0
+    image = np.asarray(Image.open(sheet))
+    t, width, height = masks.THUMB, 3 * masks.THUMB + 16, masks.THUMB + 20  # of an entry
+    assert image.shape == (2 * height, 3 * width, 3)  # 6 photos, 3 a row
+    photo, mask, cut = (image[:100, k * t:][:, :100] for k in range(3))
+    np.testing.assert_array_equal(photo, np.asarray(Image.open(dataset / "images/c/5.png")))
+    np.testing.assert_array_equal(mask[..., 0], read(dataset / "masks/c/5.png"))
+    expected = photo * (mask / 255) + np.array([255, 0, 255]) * (1 - mask / 255)
+    assert np.abs(cut - expected).max() <= 1 and mask.max() - mask.min() > 200
+
+
+def test_sheet_without_masks(dataset, tmp_path, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--verify", "--sheet", tmp_path / "sheet.png")
+    assert code == 2 and "no image with a mask" in err and not (tmp_path / "sheet.png").exists()
+
+
+def test_sheet_into_a_folder_that_is_not_there(dataset, tmp_path, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--sheet", tmp_path / "no/sheet.png")
+    assert code == 2 and err.startswith("masks.py: error: --sheet") and err.count("\n") == 1
+    assert not (dataset / "masks").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------
+
+
+def test_models_run_here_and_cost_nothing():
+    from rembg.sessions import sessions
+
+    assert set(masks.MODELS) <= set(sessions)
+    for name in masks.MODELS:
+        assert sessions[name].is_local() and not sessions[name].has_usage_cost(), name
+
+
+@pytest.mark.parametrize("name", ["withoutbg", "atlascloud", "sam", "no_such_model"])
+def test_other_models_are_refused(name, dataset, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--model", name)
+    assert code == 2 and "--model" in err
+
+
+def test_a_model_that_cannot_be_downloaded(dataset, model, monkeypatch, capsys):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens: offline on any machine
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = run(capsys, "--dataset", dataset, "--model", "u2netp")
+    line = err.splitlines()[-1]  # those before are the downloader's
+    assert code == 2 and line.startswith("masks.py: error: --model u2netp: ")
+    assert line.endswith(f"as u2netp.onnx, into {model}")
+    assert not (dataset / "masks").exists()
+
+
+def test_a_model_file_that_is_none(dataset, model, capsys):
+    (model / "u2net.onnx").write_text("<html>404</html>")
+    code, _, err = run(capsys, "--dataset", dataset)
+    assert code == 2 and err.startswith("masks.py: error: --model u2net: ")
+    assert err.endswith(f"as u2net.onnx, into {model}\n") and err.count("\n") == 1
+
+
+def test_without_rembg(dataset, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rembg", None)  # Python's way to say: not installed
+    code, _, err = run(capsys, "--dataset", dataset)
+    assert code == 2 and 'pip install "rembg[cpu]"' in err and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Quality
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mask_quality_against_loops_and_scikit_learn(seed):
+    pred, truth = noise(seed)[..., 0], noise(seed)[..., 1]
+    both = either = true = 0
+    for y in range(24):
+        for x in range(40):
+            a, b = pred[y, x] >= 128, truth[y, x] >= 128
+            both, either, true = both + (a and b), either + (a or b), true + b
+    assert masks.mask_quality(pred, truth) == (both / either, both / true)
+    a, b = (pred >= 128).ravel(), (truth >= 128).ravel()
+    expected = jaccard_score(b, a), recall_score(b, a)
+    assert masks.mask_quality(pred, truth) == pytest.approx(expected)
+
+
+def test_mask_quality_by_hand():
+    truth = np.array([[255, 128, 127, 0]], np.uint8)  # 2 px foreground: 128 is in, 127 is out
+    assert masks.mask_quality(truth, truth) == (1, 1)
+    assert masks.mask_quality(np.array([[0, 200, 200, 200]], np.uint8), truth) == (1 / 4, 1 / 2)
+    assert masks.mask_quality(np.zeros_like(truth), truth) == (0, 0)
+    with pytest.raises(ValueError, match="empty"):
+        masks.mask_quality(truth, np.full_like(truth, 127))
+    with pytest.raises(ValueError, match=r"\(4, 1\).*\(1, 4\)"):
+        masks.mask_quality(truth.T, truth)
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Two folders with hand-made masks: predicted ones that cover 1 ... 5 of 5 columns, and a photo
+    for which the network has to predict: white on its left fifth, where the true mask is."""
+    def columns(n):
+        return Image.fromarray(np.repeat(np.uint8([[255] * 20 * n + [0] * (100 - 20 * n)]), 100, 0))
+
+    for folder in ("birds", "cars"):
+        (tmp_path / "gt" / folder).mkdir(parents=True)
+    for n in range(1, 6):
+        columns(n).save(tmp_path / f"gt/birds/{n}_mask_pred.png")
+        columns(2).convert("RGB").save(tmp_path / f"gt/birds/{n}_mask.png")
+        Image.fromarray(noise(n, 100, 100)).save(tmp_path / f"gt/birds/{n}_image.jpeg")
+    columns(1).save(tmp_path / "gt/cars/7_mask.png")
+    columns(1).convert("RGB").save(tmp_path / "gt/cars/7_image.png")
+    return tmp_path / "gt"
+
+
+def test_check_prints_each_and_all(by_hand, capsys):
+    code, out, _ = run(capsys, "--check", by_hand)
+    assert code == 0
+    ious, overlaps = [1 / 2, 1, 2 / 3, 1 / 2, 2 / 5], [1 / 2, 1, 1, 1, 1]
+    for n, iou, overlap in zip(range(1, 6), ious, overlaps):
+        assert f"{iou:8.4f} {overlap:8.4f}  {by_hand / 'birds' / str(n)}_mask.png" in out
+    for title, x in (("IoU", ious), ("overlap", overlaps)):
+        q1, median, q3 = statistics.quantiles(x, n=4, method="inclusive")
+        cells = [statistics.mean(x), statistics.pstdev(x), median, q1, q3, min(x), max(x)]
+        row = re.search(rf"^birds \(5\) {title} (.*)", out, re.M).group(1)
+        assert row.split() == [f"{cell:.4f}" for cell in cells]
+    assert re.search(r"^cars \(1\) IoU +(0\.9[5-9]|1\.0)", out, re.M)  # the edge is soft
+    assert "all (6) IoU" in out
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("birds/3_mask.png", Image.new("L", (100, 100)), "empty"),
+    ("birds/3_mask.png", Image.new("L", (100, 90), 255), "(90, 100)"),
+    ("cars/8_mask.png", Image.new("L", (100, 100), 255), "8_mask_pred.png"),
+])
+def test_check_names_the_path_of_what_cannot_be_scored(by_hand, name, content, words, capsys):
+    content.save(by_hand / name)
+    code, _, err = run(capsys, "--check", by_hand)
+    line = err.splitlines()[-1]
+    assert code == 2 and line.startswith(f"masks.py: error: {by_hand / name}: ") and words in line
+
+
+def test_check_of_a_folder_without_masks(tmp_path, capsys):
+    code, _, err = run(capsys, "--check", tmp_path)
+    assert code == 2 and err.startswith(f"masks.py: error: --check {tmp_path}: ")
+
+
+def test_check_sheet_is_worst_first(by_hand, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    run(capsys, "--check", by_hand / "birds", "--sheet", sheet)
+    image, width = np.asarray(Image.open(sheet)), 3 * masks.THUMB + 16
+    shown = [image[:100, x + masks.THUMB:][:, :100, 0] for x in (0, width, 2 * width)]
+    for n, mask in zip((5, 1, 4), shown):  # IoU 2/5, then the two of 1/2
+        np.testing.assert_array_equal(mask, read(by_hand / f"birds/{n}_mask_pred.png"))

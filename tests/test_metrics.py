@@ -1,0 +1,205 @@
+"""MAP@R, R-precision, Recall@K and NMI against naive loops, scikit-learn and values worked by hand.
+
+Embeddings of small integers make every distance exact: ties are ties for the code and the oracle.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bgbias import nmi, retrieval_metrics
+
+KS = (1, 2, 4, 8)
+
+
+def naive_metrics(embeddings, labels, ks, gallery=None):
+    """One query, one neighbour at a time; of equally near items the wrong ones come first."""
+    gallery = embeddings if gallery is None else gallery
+    scores = []
+    for q in range(len(labels)):
+        others = [i for i in range(len(labels)) if i != q]
+        R = sum(labels[i] == labels[q] for i in others)
+        if R == 0:
+            continue
+        ranked = sorted((sum((a - b) ** 2 for a, b in zip(embeddings[q], gallery[i])),
+                         labels[i] == labels[q]) for i in others)
+        right = [r for _, r in ranked]
+        precision = [sum(right[: i + 1]) / (i + 1) for i in range(R)]
+        row = {"map@r": sum(p for p, r in zip(precision, right) if r) / R,
+               "r_precision": sum(right[:R]) / R}
+        scores.append(row | {f"recall@{k}": float(any(right[:k])) for k in ks})
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+
+
+def integers(items, width, classes, seed):
+    """Integer embeddings with many ties, a second set, labels with singletons and gaps."""
+    rng = np.random.default_rng(seed)
+    labels = 5 * rng.integers(0, classes, items) + 3
+    return rng.integers(-2, 3, (items, width)), rng.integers(-2, 3, (items, width)), labels
+
+
+@pytest.mark.parametrize("items, width, classes", [
+    (2, 1, 1), (3, 2, 2), (12, 1, 1), (30, 2, 4), (30, 3, 25), (60, 3, 2), (60, 6, 12)])
+@pytest.mark.parametrize("seed", range(3))
+def test_against_naive_loops_with_ties_and_singletons(items, width, classes, seed):
+    embeddings, gallery, labels = integers(items, width, classes, seed)
+    labels[-2] = labels[-1]
+    for other in (None, gallery):
+        found = retrieval_metrics(torch.tensor(embeddings).float(), labels, KS,
+                                  None if other is None else torch.tensor(other).float())
+        rows = None if other is None else other.tolist()
+        expected = naive_metrics(embeddings.tolist(), labels.tolist(), KS, rows)
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_by_hand():
+    """Three a, two b and a singleton on a line; first right neighbours at rank 1, 2, 3, 4, 2."""
+    places, labels = [[0.0], [2.0], [7.0], [3.0], [9.0], [20.0]], [7, 7, 7, 4, 4, 1]
+    found = retrieval_metrics(torch.tensor(places), labels, (1, 2, 3, 4))
+    assert found == pytest.approx({
+        "map@r": (1 / 2 + 1 / 4) / 5, "r_precision": (1 / 2 + 1 / 2) / 5,
+        "recall@1": 1 / 5, "recall@2": 3 / 5, "recall@3": 4 / 5, "recall@4": 1})
+
+
+def test_a_tie_counts_against_the_query():
+    """The first item has one right and one wrong neighbour at distance 1, the second has no tie."""
+    found = retrieval_metrics(torch.tensor([[0.0], [1.0], [-1.0]]), [0, 0, 1], (1, 2))
+    assert found == {"map@r": 0.5, "r_precision": 0.5, "recall@1": 0.5, "recall@2": 1.0}
+
+
+@pytest.mark.parametrize("items", [8, 101, 1003])
+def test_one_point_for_everything_scores_zero_in_any_order(items):
+    point = clustered(1, 1, 128, seed=0)[0]
+    for labels in (torch.arange(items) % 4, torch.arange(items) * 4 // items):
+        found = retrieval_metrics(point.repeat(items, 1), labels, (1, 2))
+        assert set(found.values()) == {0.0}
+
+
+def test_with_a_gallery_the_own_photo_never_counts():
+    """In the crossed gallery each query's nearest photo is of the other class, its own far away; in
+    the second case its own is at the same place."""
+    queries = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    labels = [0, 0, 1, 1]
+    crossed = retrieval_metrics(queries, labels, (1, 3), gallery=queries.flip(0))
+    assert crossed == {"map@r": 0.0, "r_precision": 0.0, "recall@1": 0.0, "recall@3": 1.0}
+    same = retrieval_metrics(queries, labels, (1,), gallery=queries.clone())
+    assert same == {"map@r": 1, "r_precision": 1, "recall@1": 1}
+
+
+def test_query_and_gallery_are_not_exchangeable():
+    """4's nearest in the gallery is the wrong 3.5; the other way round all find the right one."""
+    queries, gallery = torch.tensor([[0.0], [4.0], [9.0]]), torch.tensor([[5.0], [1.0], [3.5]])
+    assert retrieval_metrics(queries, [0, 0, 1], (1,), gallery)["recall@1"] == 0.5
+    assert retrieval_metrics(gallery, [0, 0, 1], (1,), queries)["recall@1"] == 1.0
+
+
+def clustered(items, classes, width, seed, dtype=torch.float32):
+    """Unit embeddings of class centre + noise, where retrieval is neither perfect nor hopeless."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (items,), generator=rng)
+    centres = torch.randn(classes, width, generator=rng, dtype=dtype)
+    noise = torch.randn(items, width, generator=rng, dtype=dtype)
+    return torch.nn.functional.normalize(centres[labels] + noise, dim=1), labels
+
+
+def referee(embeddings, labels, gallery, ks):
+    """The same metrics from scikit-learn's nearest neighbours (no ties here)."""
+    embeddings, labels, gallery = embeddings.numpy(), labels.numpy(), gallery.numpy()
+    R = np.bincount(labels)[labels] - 1
+    width = max(R.max(), *ks) + 1
+    order = NearestNeighbors(n_neighbors=width, algorithm="brute").fit(gallery).kneighbors(
+        embeddings, return_distance=False)
+    order = np.array([np.append(row[row != i], -1)[: width - 1] for i, row in enumerate(order)])
+    right = labels[order] == labels[:, None]
+    within = right & (np.arange(width - 1) < R[:, None])
+    precision = right.cumsum(axis=1) / np.arange(1, width)
+    some = R > 0
+    values = {"map@r": (within * precision).sum(axis=1)[some] / R[some],
+              "r_precision": within.sum(axis=1)[some] / R[some]}
+    values |= {f"recall@{k}": right[some, :k].any(axis=1) for k in ks}
+    return {name: v.mean() for name, v in values.items()}
+
+
+@pytest.mark.parametrize("items, classes", [(400, 8), (400, 150), (4700, 900)])  # 4,700: two chunks
+def test_against_scikit_learn(items, classes):
+    embeddings, labels = clustered(items, classes, 16, seed=items, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    moved = embeddings + 0.05 * torch.randn(items, 16, generator=rng, dtype=torch.float64)
+    for gallery in (embeddings, moved):
+        found = retrieval_metrics(embeddings, labels, KS, gallery)
+        assert found == pytest.approx(referee(embeddings, labels, gallery, KS), abs=1e-6)
+        assert 0.02 < found["map@r"] < 0.98
+
+
+def test_the_order_of_the_items_and_the_type_of_the_labels_do_not_matter():
+    embeddings, labels = clustered(300, 20, 8, seed=0)
+    shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(2))
+    found = retrieval_metrics(embeddings, labels, KS)
+    other = retrieval_metrics(embeddings[shuffled], labels[shuffled], KS)
+    assert found == pytest.approx(other, abs=1e-6)
+    for same in (labels.tolist(), labels.numpy(), labels.int(), 1000 - labels):
+        assert retrieval_metrics(embeddings, same, KS) == found
+
+
+def test_keys_are_as_asked_and_k_may_exceed_the_items():
+    found = retrieval_metrics(torch.tensor([[0.0], [1.0], [2.0]]), [0, 1, 0], (1, 1000))
+    assert found == {"map@r": 0, "r_precision": 0, "recall@1": 0, "recall@1000": 1}
+
+
+def test_arguments_stay_as_they_were():
+    embeddings, labels = clustered(50, 5, 4, seed=0)
+    gallery = embeddings.flip(0).contiguous()
+    before = embeddings.clone(), labels.clone(), gallery.clone()
+    retrieval_metrics(embeddings, labels, KS, gallery)
+    assert all(map(torch.equal, before, (embeddings, labels, gallery)))
+
+
+def test_nothing_to_retrieve_is_an_error():
+    with pytest.raises(ValueError, match="no label occurs twice"):
+        retrieval_metrics(torch.eye(4), torch.arange(4), (1,))
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result])
+                   if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
+        return result
+
+
+def test_memory_does_not_grow_with_the_square_of_the_items():
+    embeddings, labels = clustered(6000, 1500, 2, seed=0)
+    with Largest() as largest:
+        retrieval_metrics(embeddings, labels, KS)
+    assert 6000 < largest.elements <= 2**24 < 6000**2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["embeddings", "gallery"])
+def test_embeddings_that_are_not_finite_are_an_error(where, value):
+    """A network that diverged must not score, let alone become the best epoch."""
+    given = {name: clustered(20, 4, 4, seed=0)[0] for name in ("embeddings", "gallery")}
+    given[where][3, 1] = value
+    with pytest.raises(FloatingPointError, match="finite"):
+        retrieval_metrics(labels=torch.arange(20) % 4, ks=(1,), **given)
+
+
+def test_nmi_by_hand():
+    """Two blobs far apart: clusters that equal the labels, tell nothing of them, and some."""
+    blobs = torch.tensor([[0.0, 0], [0, 1], [1, 0], [90, 90], [90, 91], [91, 90]])
+    assert nmi(blobs, np.array([4, 4, 4, 2, 2, 2]), seed=0) == pytest.approx(1.0)
+    assert nmi(blobs[[0, 1, 3, 4]], np.array([0, 1, 0, 1]), seed=0) == pytest.approx(0.0, abs=1e-9)
+    # labels 0 0 1 | 1 1 1: p(0) = 1/3, and the second blob holds label 1 only
+    labels = -(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3)
+    mutual = (1 / 3) * math.log(2) + (1 / 6) * math.log(1 / 2) + (1 / 2) * math.log(3 / 2)
+    expected = mutual / ((labels + math.log(2)) / 2)
+    assert nmi(blobs, np.array([0, 0, 1, 1, 1, 1]), seed=0) == pytest.approx(expected)

@@ -1,0 +1,321 @@
+"""BN-Inception against the paper's table and a second forward pass; checkpoints; torchvision."""
+
+import functools
+import hashlib
+import math
+
+import pytest
+import torch
+import torchvision
+from torch.nn import functional as F
+
+import bgbias
+from bgbias import BNInception, Embedder, UserError
+
+# block: in | 1x1 | 3x3 reduce, 3x3 | double 3x3: reduce, 1, 2 | pool, projection | out, side at 227
+TABLE = """
+3a  192  64   64  64   64  96  96 avg  32   256 28
+3b  256  64   64  96   64  96  96 avg  64   320 28
+3c  320   0  128 160   64  96  96 max   0   576 14
+4a  576 224   64  96   96 128 128 avg 128   576 14
+4b  576 192   96 128   96 128 128 avg 128   576 14
+4c  576 160  128 160  128 160 160 avg 128   608 14
+4d  608  96  128 192  160 192 192 avg 128   608 14
+4e  608   0  128 192  192 256 256 max   0  1056  7
+5a 1056 352  192 320  160 224 224 avg 128  1024  7
+5b 1024 352  192 320  192 224 224 max 128  1024  7
+"""
+ROWS = [[int(cell) if cell.isdigit() else cell for cell in line.split()]
+        for line in TABLE.strip().splitlines()]
+
+
+def convolutions():
+    """{name: (out, in, kernel, kernel)} of all convolutions, from the table."""
+    shapes = {"conv1_7x7_s2": (64, 3, 7, 7),
+              "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}
+    for block, width, one, reduce, three, double, first, second, _, projection, _, _ in ROWS:
+        for name, out, into, side in [
+                ("1x1", one, width, 1), ("3x3_reduce", reduce, width, 1), ("3x3", three, reduce, 3),
+                ("double_3x3_reduce", double, width, 1), ("double_3x3_1", first, double, 3),
+                ("double_3x3_2", second, first, 3), ("pool_proj", projection, width, 1)]:
+            if out:
+                shapes[f"inception_{block}_{name}"] = (out, into, side, side)
+    return shapes
+
+
+@functools.cache
+def public_state():
+    """A state dict as the public checkpoint's: the table's names, running statistics other than
+    0 and 1, the ImageNet classifier, and no num_batches_tracked, which PyTorch did not have yet."""
+    rng = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in convolutions().items():
+        out, fan_in = shape[0], math.prod(shape[1:])
+        state[f"{name}.weight"] = torch.randn(shape, generator=rng) * (2 / fan_in) ** 0.5
+        state[f"{name}.bias"] = torch.randn(out, generator=rng) / 10
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            low = 0.5 if part in ("weight", "running_var") else -0.5
+            state[f"{name}_bn.{part}"] = low + torch.rand(out, generator=rng)
+    classifier = torch.nn.Linear(1024, 1000).state_dict()
+    return state | {f"last_linear.{name}": value for name, value in classifier.items()}
+
+
+def loaded():
+    network = BNInception().eval()
+    network.load_state_dict({k: v for k, v in public_state().items() if "last_linear" not in k})
+    return network
+
+
+def test_names_and_shapes_of_the_public_checkpoint():
+    state = BNInception().state_dict()
+    expected = {k: v.shape for k, v in public_state().items() if "last_linear" not in k}
+    assert {k: v.shape for k, v in state.items() if "num_batches" not in k} == expected
+    assert {"conv1_7x7_s2.weight", "inception_5b_pool_proj_bn.bias"} < set(state)
+
+
+def test_number_of_convolutions_and_parameters():
+    network = BNInception()
+    kernels = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    # Each output channel has a bias, and a scale and a shift of BatchNorm.
+    by_hand = sum(math.prod(shape) + 3 * shape[0] for shape in convolutions().values())
+    assert len(kernels) == len(norms) == 69
+    assert sum(p.numel() for p in network.parameters()) == by_hand == 10_270_240
+    assert all(m.bias is not None for m in kernels) and {m.eps for m in norms} == {1e-5}
+
+
+def naive_forward(state, x):
+    """BN-Inception once more, written from the table with functions only: {block: its output}."""
+    def conv(x, name, stride=1):
+        weight = state[f"{name}.weight"]
+        x = F.conv2d(x, weight, state[f"{name}.bias"], stride, weight.shape[2] // 2)
+        mean, var, scale, shift = (state[f"{name}_bn.{part}"][:, None, None]
+                                   for part in ("running_mean", "running_var", "weight", "bias"))
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+
+    def chain(x, *names, stride=1):
+        for name in names[:-1]:
+            x = conv(x, name)
+        return conv(x, names[-1], stride)
+
+    x = F.max_pool2d(conv(x, "conv1_7x7_s2", 2), 3, 2, ceil_mode=True)
+    x = F.max_pool2d(conv(conv(x, "conv2_3x3_reduce"), "conv2_3x3"), 3, 2, ceil_mode=True)
+    outputs = {}
+    for block, *_ in ROWS:
+        b = f"inception_{block}_"
+        stride = 2 if block in ("3c", "4e") else 1
+        three = chain(x, b + "3x3_reduce", b + "3x3", stride=stride)
+        double = [b + "double_3x3_" + part for part in ("reduce", "1", "2")]
+        double = chain(x, *double, stride=stride)
+        if stride == 2:
+            x = torch.cat([three, double, F.max_pool2d(x, 3, 2, ceil_mode=True)], 1)
+        else:
+            padded = F.pad(x, (1, 1, 1, 1), value=-math.inf if block == "5b" else 0)
+            around = padded.unfold(2, 3, 1).unfold(3, 3, 1)  # the mean counts the padding
+            pooled = around.amax((4, 5)) if block == "5b" else around.mean((4, 5))
+            x = torch.cat([conv(x, b + "1x1"), three, double, conv(pooled, b + "pool_proj")], 1)
+        outputs[block] = x
+    return outputs
+
+
+@pytest.mark.parametrize("height, width", [(227, 227), (64, 97)])
+@torch.no_grad()
+def test_forward_against_the_table(height, width):
+    x = 60 * torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
+    expected = naive_forward({k: v.double() for k, v in public_state().items()}, x)
+    found = loaded().double()(x)
+    assert found.shape == (1, 1024) and expected["5b"].std() > 0.1
+    torch.testing.assert_close(found, expected["5b"].mean((2, 3)))
+    if height == 227:
+        for (*_, out, side), output in zip(ROWS, expected.values(), strict=True):
+            assert output.shape[1:] == (out, side, side)
+
+
+def test_a_saved_state_loads_strictly_and_gives_the_same_output(tmp_path):
+    network, other = loaded(), BNInception().eval()
+    torch.save(network.state_dict(), tmp_path / "state.pth")
+    other.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(network(x), other(x))
+
+
+def test_a_file_like_the_public_checkpoint_loads(tmp_path):
+    torch.save(public_state(), tmp_path / "public.pth")
+    model = Embedder("bninception", str(tmp_path / "public.pth"), 64)
+    for name, value in loaded().state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+
+
+def serve_public_checkpoint(tmp_path, monkeypatch, digest):
+    """The checkpoint where the download looks for it, but on this disk and under the given hash."""
+    torch.save(public_state(), tmp_path / "draft")
+    digest = digest or hashlib.sha256((tmp_path / "draft").read_bytes()).hexdigest()[:8]
+    file = tmp_path / f"bn_inception-{digest}.pth"
+    (tmp_path / "draft").rename(file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(bgbias, "BNINCEPTION_URL", file.as_uri())
+
+
+def test_the_download_is_taken_if_its_hash_is_right(tmp_path, monkeypatch):
+    serve_public_checkpoint(tmp_path, monkeypatch, digest=None)
+    model = Embedder("bninception", "imagenet", 64)
+    assert torch.equal(model.backbone.conv2_3x3.weight, public_state()["conv2_3x3.weight"])
+
+
+def test_the_download_is_refused_if_its_hash_is_wrong(tmp_path, monkeypatch):
+    serve_public_checkpoint(tmp_path, monkeypatch, digest="0badf00d")
+    with pytest.raises(UserError, match=r"--weights imagenet: .*hash.*--weights FILE"):
+        Embedder("bninception", "imagenet", 64)
+
+
+def test_the_url_holds_the_hash_that_is_checked():
+    assert bgbias.BNINCEPTION_URL.endswith("/bn_inception-52deb4733.pth")
+
+
+@pytest.fixture(scope="module")
+def bninception():
+    return Embedder("bninception", "none", 64)
+
+
+def test_batchnorm_statistics_stay_but_its_affine_weights_train(bninception):
+    model = bninception
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.eval().train()
+    assert model.training and model.head.training and not any(m.training for m in norms)
+    model(torch.randn(4, 3, 64, 64)).std().backward()
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert all(m.weight.grad.isfinite().all() and m.bias.grad.any() for m in norms)
+    assert sum(bool(m.weight.grad.any()) for m in norms) == 69
+
+
+def test_dropout_still_drops_while_training():
+    model = Embedder("squeezenet1_1", "none", 64)
+    x = torch.randn(2, 3, 64, 64)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_embeddings_have_unit_length(bninception):
+    for model, features in ((bninception, 1024), (Embedder("smallconv", "none", 48), 128)):
+        embeddings = model(model.normalise(255 * torch.rand(3, 3, 64, 64)))
+        assert embeddings.shape == (3, 128) and model.head.weight.shape == (128, features)
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+
+
+def test_the_seed_fixes_random_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in Embedder("smallconv", "none", 32).parameters()])
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+# name: (side, features, what the network computes before its classifier)
+TORCHVISION = {
+    "squeezenet1_1": (64, 512, lambda net, x: net.features(x).mean((2, 3))),
+    "resnet18": (64, 512, None),
+    "mobilenet_v3_small": (64, 1024, None),
+    "vit_b_16": (224, 768, None),
+    "densenet121": (64, 1024, None),
+    "googlenet": (64, 1024, None),
+}
+
+
+def torchvision_network(name):
+    torch.manual_seed(3)
+    return torchvision.models.get_model(name, weights=None).eval()
+
+
+def before_classifier(network, x):
+    """The input of the network's last layer."""
+    seen = []
+    linear = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
+    handle = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network(x)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_a_torchvision_backbone_is_the_network_without_its_classifier(name):
+    size, features, naive = TORCHVISION[name]
+    network = torchvision_network(name)
+    torch.manual_seed(3)
+    model = Embedder(name, "none", size).eval()  # the same seed, so the same weights
+    assert model.order == [0, 1, 2] and model.head.weight.shape == (128, features)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = naive(network, x) if naive else before_classifier(network, x)
+        torch.testing.assert_close(model.backbone(x), expected, rtol=1e-4, atol=0)
+        assert model.train()(x).shape == (2, 128)  # no auxiliary outputs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_a_torchvision_backbone_from_a_file(name, tmp_path):
+    """The public GoogLeNet weights expect its input transform, from a file as from the web."""
+    network = torchvision_network(name)
+    for module in network.modules():  # GoogLeNet's random weights let nothing of the image through
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    model = Embedder(name, str(tmp_path / "weights.pth"), 64).eval()
+    network.transform_input = True  # no effect on ResNet
+    x = 2 + torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone(x), before_classifier(network, x))
+
+
+def test_imagenet_weights_of_a_torchvision_backbone(monkeypatch):
+    """Its default weights, as torchvision would download them."""
+    state = torchvision_network("resnet18").state_dict()
+    served = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(served, "get_state_dict", lambda *_, **__: state)
+    torch.manual_seed(99)
+    model = Embedder("resnet18", "imagenet", 64)
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_normalise_by_hand(bninception):
+    """One pixel of RGB (10, 20, 30): BGR minus the mean colour; RGB by ImageNet's mean and std."""
+    pixel = torch.tensor([10.0, 20.0, 30.0])[None, :, None, None]
+    caffe = bninception.normalise(pixel)
+    assert caffe.flatten().tolist() == [30 - 104, 20 - 117, 10 - 128]
+    usual = Embedder("squeezenet1_1", "none", 64).normalise(pixel)
+    expected = [(10 / 255 - 0.485) / 0.229, (20 / 255 - 0.456) / 0.224, (30 / 255 - 0.406) / 0.225]
+    assert usual.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_colour_is_rgb_and_normalises_to_zero(bninception):
+    usual = Embedder("smallconv", "none", 32)
+    for model, colour in ((bninception, (128, 117, 104)), (usual, (123.675, 116.28, 103.53))):
+        assert model.mean_colour.flatten().tolist() == pytest.approx(colour)
+        assert not model.normalise(model.mean_colour.expand(2, 3, 5, 5)).any()
+
+
+def test_errors_name_the_flag_and_the_file(tmp_path):
+    missing, junk, other = (tmp_path / name for name in ("missing.pth", "junk.pth", "other.pth"))
+    junk.write_text("<html>404</html>")
+    torch.save(torchvision_network("squeezenet1_1").state_dict(), other)
+    state = public_state()
+    for name, change in {"less.pth": {"conv2_3x3.weight": None},
+                         "shape.pth": {"conv2_3x3.bias": torch.zeros(7)},
+                         "more.pth": {"conv9.weight": torch.zeros(1)}}.items():
+        torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / name)
+    for backbone, weights, size, message in [
+            ("bninception", missing, 64, f"--weights {missing}: .*give a state dict of bninception"),
+            ("bninception", junk, 64, f"--weights {junk}: .*give a state dict of bninception"),
+            ("bninception", other, 64, f"--weights {other}: .*Missing key.*give a state dict of bninception"),
+            ("bninception", tmp_path / "less.pth", 64, "Missing key.*conv2_3x3.weight"),
+            ("bninception", tmp_path / "shape.pth", 64, "size mismatch for conv2_3x3.bias"),
+            ("bninception", tmp_path / "more.pth", 64, "Unexpected key.*conv9.weight"),
+            ("resnet18", other, 64, f"--weights {other}: .*give a state dict of resnet18"),
+            ("smallconv", other, 64, "give a state dict of smallconv"),
+            ("smallconv", "imagenet", 64, "--weights imagenet: smallconv has none"),
+            ("resnet19", "none", 64, "--backbone resnet19: not bninception, smallconv or in"),
+            ("fcn_resnet50", "none", 64, "--backbone fcn_resnet50: not bninception"),
+            ("vit_b_16", "none", 64, "--image-size 64: not for vit_b_16"),
+            ("squeezenet1_1", "none", 16, "--image-size 16: not for squeezenet1_1")]:
+        with pytest.raises(UserError, match=message) as error:
+            Embedder(backbone, str(weights), size)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,82 @@
+"""Batches of m images each of distinct classes: what every one has, and all in the long run."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bgbias import CLASSIFICATION, LOSSES, MPerClassSampler, UserError, images_per_class
+
+SIZES = [1, 3, 4, 5, 9, 9, 20, 20, 20, 30]  # photos a class: some have fewer than m
+LABELS = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(SIZES)) + 2, SIZES))
+
+
+@pytest.mark.parametrize("m, batch_size", [(4, 32), (4, 40), (1, 10), (1, 1), (8, 8), (5, 20)])
+def test_every_batch(m, batch_size):
+    batches = list(MPerClassSampler(LABELS, m, batch_size, batches=50, seed=7))
+    assert len(batches) == len(MPerClassSampler(LABELS, m, batch_size, 50, 7)) == 50
+    size = Counter(LABELS.tolist())
+    for batch in batches:
+        assert all(type(i) is int and 0 <= i < len(LABELS) for i in batch)
+        images = {}
+        for i in batch:
+            images.setdefault(LABELS[i].item(), []).append(i)
+        assert len(batch) == batch_size and len(images) == batch_size // m  # classes are distinct
+        for label, own in images.items():
+            assert len(own) == m
+            assert len(set(own)) == m or size[label] < m  # without replacement, or too few
+
+
+def test_the_images_of_a_class_lie_together():
+    for batch in MPerClassSampler(LABELS, 4, 32, batches=20, seed=0):
+        assert (LABELS[batch].reshape(8, 4) == LABELS[batch][::4, None]).all()
+
+
+def test_the_seed_fixes_the_lists():
+    def lists(seed):
+        return list(MPerClassSampler(LABELS, 4, 16, batches=5, seed=seed))
+
+    sampler = MPerClassSampler(LABELS, 4, 16, batches=5, seed=(1, 2))
+    assert list(sampler) == list(sampler) == lists((1, 2))
+    assert len({str(lists(seed)) for seed in (0, 1, (1, 2), (1, 3), (2, 1))}) == 5
+
+
+def test_first_batches_do_not_depend_on_how_many_follow():
+    short, long = (list(MPerClassSampler(LABELS, 4, 16, batches, seed=3)) for batches in (3, 9))
+    assert long[:3] == short
+
+
+def test_classes_and_their_images_are_equally_likely():
+    """1,000 batches of 5 of 10 classes: 500 +- 16 for each class, whatever its size."""
+    batches = list(MPerClassSampler(LABELS, 2, 10, batches=1000, seed=1))
+    classes = Counter(label for batch in batches for label in set(LABELS[batch].tolist()))
+    assert len(classes) == len(SIZES) and all(420 < n < 580 for n in classes.values())
+    images = Counter(i for batch in batches for i in batch)
+    assert len(images) == len(LABELS)
+    of_twenty = [images[i] for i in np.flatnonzero(LABELS == 3 * 6 + 2)]  # 2 of 20: 50 +- 7 each
+    assert min(of_twenty) > 20 and max(of_twenty) < 80
+
+
+@pytest.mark.parametrize("m, batch_size", [(4, 30), (1, 11), (4, 44), (64, 32)])
+def test_impossible_batches_are_refused(m, batch_size):
+    with pytest.raises(ValueError, match=f"no {batch_size} images, {m} each, from 10 classes"):
+        MPerClassSampler(LABELS, m, batch_size, 1, 0)
+
+
+def test_images_per_class_of_the_paper():
+    """Batches of 32: 8 classes x 4 images for pair losses, 32 x 1 for classification losses."""
+    assert {images_per_class(loss, 32, 74) for loss in set(LOSSES) - set(CLASSIFICATION)} == {4}
+    assert {images_per_class(loss, 32, 74) for loss in CLASSIFICATION} == {1}
+
+
+@pytest.mark.parametrize("loss, batch_size, classes, m", [
+    ("triplet", 32, 8, 4), ("triplet", 32, 7, 8), ("triplet", 32, 3, 16), ("triplet", 32, 1, 32),
+    ("arcface", 32, 31, 2), ("arcface", 32, 10, 4), ("arcface", 7, 3, 7), ("triplet", 30, 99, 5)])
+def test_with_few_classes_a_class_has_more_images(loss, batch_size, classes, m):
+    assert images_per_class(loss, batch_size, classes) == m
+    MPerClassSampler(np.arange(classes), m, batch_size, 1, 0)  # and that is a batch it can draw
+
+
+def test_a_batch_too_small_for_the_loss_is_refused():
+    with pytest.raises(UserError, match="--batch-size 3: triplet takes at least 4"):
+        images_per_class("triplet", 3, 50)
