@@ -6,6 +6,7 @@ Background Bias in Deep Metric Learning" (ICMV 2022, arXiv 2210.01615).
     python bgbias.py --bgaugment                    # the same, backgrounds replaced in training
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
     python bgbias.py --dataset my_photos --loss triplet                 # my_photos/images/<class>/
+    python bgbias.py --report runs                  # all runs beside the paper's, and a chart
 
 Every default is the paper's; toy has its own (DEFAULTS). A run lives in
 RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>/: config.json, log.jsonl, last.pt, best.pt and,
@@ -21,7 +22,8 @@ The sections below follow the paper:
     7. metrics          MAP@R, R-precision, Recall@K (Section 4.3)
     8. test protocol    clean, replaced, and what a shop would ask (Section 4.3)
     9. training         epochs, selection, checkpoints, resuming (Section 4)
-   10. command line
+   10. report           ours beside the paper's (Sections 4.3 and 5)
+   11. command line
 
 Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
 A mask is (B, 1, H, W) in [0, 1], soft, and 1 = foreground, everywhere.
@@ -47,7 +49,7 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -105,6 +107,32 @@ HPARAMS = {
         "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
         "arcface": dict(margin=10.0, scale=16.0, lr_loss=0.01),
         "normalized_softmax": dict(temperature=0.1, lr_loss=0.01),
+    },
+}
+
+# The paper's results, base and BGAugment: test MAP@R in % clean, with replaced backgrounds and its
+# standard deviation over the draws; mean attention score, its standard deviation over the images.
+PAPER = {
+    "cars196": {
+        "arcface": ((16.25, 13.63, 0.08, 0.49, 0.10), (16.19, 16.23, 0.04, 0.56, 0.10)),
+        "contrastive": ((15.22, 13.31, 0.15, 0.50, 0.09), (16.43, 16.31, 0.03, 0.53, 0.10)),
+        "multi_similarity": ((18.80, 16.25, 0.06, 0.52, 0.09), (15.61, 15.48, 0.05, 0.50, 0.09)),
+        "normalized_softmax": ((18.06, 15.36, 0.03, 0.51, 0.09), (18.15, 18.12, 0.05, 0.56, 0.09)),
+        "triplet": ((15.33, 13.40, 0.04, 0.50, 0.09), (15.28, 15.19, 0.05, 0.54, 0.09)),
+    },
+    "cub200": {
+        "arcface": ((20.66, 12.87, 0.16, 0.25, 0.08), (20.91, 17.92, 0.08, 0.33, 0.09)),
+        "contrastive": ((20.27, 12.47, 0.08, 0.25, 0.08), (19.39, 15.46, 0.08, 0.32, 0.10)),
+        "multi_similarity": ((19.19, 12.21, 0.16, 0.26, 0.08), (18.93, 15.65, 0.16, 0.30, 0.09)),
+        "normalized_softmax": ((20.18, 12.41, 0.10, 0.24, 0.08), (20.60, 17.39, 0.10, 0.30, 0.08)),
+        "triplet": ((18.29, 10.94, 0.05, 0.24, 0.08), (18.56, 15.33, 0.16, 0.33, 0.09)),
+    },
+    "sop": {
+        "arcface": ((40.50, 6.98, 0.05, 0.13, 0.14), (22.25, 16.53, 0.05, 0.26, 0.17)),
+        "contrastive": ((37.98, 4.17, 0.05, 0.07, 0.16), (31.52, 24.09, 0.04, 0.31, 0.20)),
+        "multi_similarity": ((39.65, 6.51, 0.06, 0.11, 0.17), (32.67, 24.00, 0.07, 0.28, 0.19)),
+        "normalized_softmax": ((41.52, 7.67, 0.04, 0.12, 0.14), (32.16, 24.60, 0.03, 0.28, 0.20)),
+        "triplet": ((36.71, 6.05, 0.06, 0.08, 0.17), (29.63, 21.39, 0.07, 0.26, 0.22)),
     },
 }
 
@@ -1062,7 +1090,196 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Command line
+# 10. Report
+# --------------------------------------------------------------------------------------------------
+
+# Of one run, {(condition, metric): figure}: means and, where it has draws or images to differ
+# between, their standard deviation (ddof 1). unusual: what is not the default, as flags.
+Result = namedtuple("Result", "means within unusual")
+WITHIN = {"replaced": "draws", "query": "draws", "attention": "images"}
+IN_PAPER = {("clean", "map@r"): 0, ("replaced", "map@r"): 1, ("attention", "score"): 3}
+PANEL = 1600, 1200  # px of the chart's drawing, twice its size
+TABLES = {
+    "Table 1: MAP@R, %": (("clean", "map@r"), ("replaced", "map@r")),
+    "Table 2: attention score": (("attention", "score"),),
+    "Not in the paper: MAP@R, %": (
+        ("query", "map@r"), ("object_only", "map@r"), ("background_only", "map@r")),
+}
+LEGEND = f"""
+± draws: standard deviation over the {DRAWS} random draws of backgrounds, ± images: over the test
+images, both inside a run. ± seeds: over runs that differ in their seed alone. With several seeds
+the other figures are means over them. Difference: ours minus the paper's."""
+
+
+def read_result(run):
+    """(dataset, loss, bgaugment) and Result of a run folder. Raises UserError if it has none."""
+    file, log = run / "result.json", run / "log.jsonl"
+    if not file.exists():
+        epochs = len(log.read_text().splitlines()) if log.exists() else 0
+        raise UserError(f"{run}: not finished, {epochs} epochs so far")
+    try:
+        saved = json.loads(file.read_text())
+        args, test = argparse.Namespace(**saved["args"]), saved["test"].items()
+        if args.loss not in LOSSES or run_folder(args, args.bgaugment).name != run.name:
+            raise ValueError(f"it is of {run_folder(args, args.bgaugment).name}")
+        means, within = ({(condition, metric): 100 * float(value) for condition, scores in test
+                          for metric, value in part(scores).items()}
+                         for part in (lambda s: s.get("mean", s), lambda s: s.get("std", {})))
+        if not {("clean", "map@r"), ("replaced", "map@r")} <= means.keys():
+            raise ValueError("no MAP@R")
+        key = Path(args.dataset).resolve().name, args.loss, args.bgaugment
+        return key, Result(means, within, unusual(args))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: left out, not a result ({error!r})") from error
+
+
+def unusual(args):
+    """The flags with which `args` differ from the defaults, in text; for a named dataset, those are
+    the paper's."""
+    flags = ["--dataset", args.dataset, "--loss", args.loss, "--data", args.data, "--device", "cpu"]
+    usual = vars(parse_args(flags + ["--bgaugment"] * args.bgaugment))
+    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name, None)}" for name in usual
+                    if name not in FREE | {"seed", "short_side"}
+                    and getattr(args, name, None) != usual[name])
+
+
+def read_attention(run, dataset):
+    """(mean, standard deviation) of a run's attention scores, None if it has none. UserError."""
+    file = run / "attention.npz"
+    if not file.exists():
+        return None
+    try:
+        with np.load(file) as saved:
+            scores = saved["score"]
+    except Exception as error:  # zip, pickle and numpy each raise their own
+        raise UserError(f"{file}: left out, not readable ({error!r})") from error
+    images = COUNTS[dataset][1] if dataset in COUNTS else len(scores)
+    if len(scores) < images:
+        raise UserError(f"{file}: left out, not finished, {len(scores):,} of {images:,} images")
+    scores = scores[np.isfinite(scores)]  # nan: undefined
+    return scores.mean(), scores.std(ddof=1)
+
+
+def read_runs(folder):
+    """{(dataset, loss, bgaugment): [Result], one a seed}, and what is not in it, in lines."""
+    found, notes = defaultdict(list), []
+    for run in sorted({file.parent for file in folder.glob("*/*.json")}):
+        try:
+            key, result = read_result(run)
+            found[key].append(result)
+            if attention := read_attention(run, key[0]):
+                result.means["attention", "score"], result.within["attention", "score"] = attention
+        except UserError as error:
+            notes.append(str(error))
+        else:
+            if result.unusual:
+                notes.append(f"\\* {run}: {result.unusual}")
+    if not found:
+        raise UserError(f"--report {folder}: no finished run; {(notes or ['train one first'])[0]}")
+    return found, notes
+
+
+def figure(results, condition, metric, paper=None):
+    """[(column head, cell)] of one figure; `paper`: the paper's row, if it has one."""
+    key = condition, metric
+    values = [result.means[key] for result in results if key in result.means]
+    ours = f"{np.mean(values):.2f}" if values else "not run"
+    columns = [(condition.replace("_", " "), ours)]
+    if condition in WITHIN:
+        within = [result.within[key] for result in results if key in result.within]
+        columns.append((f"± {WITHIN[condition]}", f"{np.mean(within):.2f}" if within else "-"))
+    columns.append(("± seeds", f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"))
+    if paper and key in IN_PAPER:
+        mean, std = paper[IN_PAPER[key]:][:2]
+        gap = f"{round(np.mean(values) - mean, 2) + 0:+.2f}" if values else "-"  # + 0: no -0.00
+        columns += [("paper", f"{mean:.2f} ± {std:.2f}" if condition in WITHIN else f"{mean:.2f}"),
+                    ("difference", gap)]
+    return columns
+
+
+def table_row(title, results, dataset, paper):
+    """[(column head, cell)] of one dataset, loss, and base or BGAugment."""
+    if title in TABLES:
+        return [column for key in TABLES[title] for column in figure(results, *key, paper)]
+    metrics = [f"recall@{k}" for k in RECALL_AT.get(dataset, (1, 2, 4, 8))] + ["r_precision"]
+    return [(f"{metric} {condition}", figure(results, condition, metric)[0][1])
+            for metric in metrics for condition in ("clean", "replaced")]
+
+
+def print_table(title, dataset, found):
+    """A row for each loss, base and BGAugment."""
+    for i, (loss, bgaugment) in enumerate(itertools.product(LOSSES, (False, True))):
+        results = found.get((dataset, loss, bgaugment), [])
+        paper = PAPER[dataset][loss][bgaugment] if dataset in PAPER else None
+        mark = " \\*" if any(result.unusual for result in results) else ""
+        name = f"{loss}{' + BGAugment' if bgaugment else ''}{mark}"
+        heads, cells = zip((dataset, name), ("seeds", str(len(results))),
+                           *table_row(title, results, dataset, paper))
+        for line in ([heads, ["---"] * len(heads), cells] if i == 0 else [cells]):
+            print(f"| {' | '.join(line)} |")
+
+
+def report(folder):
+    """Prints, in Markdown, the tables of all runs in `folder` next to the paper's and draws
+    folder/report.png. Raises UserError if no run is finished. Sections 4.3 and 5."""
+    found, notes = read_runs(folder)
+    draw_chart(found, folder / "report.png")
+    print("# Background bias, measured\n\n![MAP@R, clean and replaced](report.png)\n" + LEGEND)
+    for title in (*TABLES, "Not in the paper: Recall@K, R-precision, %"):
+        print(f"\n## {title}")
+        for dataset in dict.fromkeys([*PAPER, *(dataset for dataset, *_ in found)]):
+            print()
+            if any(dataset == key[0] for key in found):
+                print_table(title, dataset, found)
+            else:
+                print(f"{dataset}: not run")
+    if notes:
+        print("\n## Notes\n\n\\* made with other settings than the paper's (toy: than its own)\n")
+        print("\n".join(f"- {note}" for note in notes))
+
+
+def draw_chart(found, file):
+    """Writes a PNG, a panel a dataset."""
+    datasets = list(dict.fromkeys(dataset for dataset, *_ in found))
+    image = Image.new("RGB", (PANEL[0] * len(datasets), PANEL[1]))
+    for k, dataset in enumerate(datasets):
+        image.paste(draw_panel(dataset, found), (k * PANEL[0], 0))
+    image = image.reduce(2)  # shapes are drawn with hard edges
+    write(file, lambda draft: image.save(draft, "PNG"))
+
+
+def draw_panel(dataset, found):
+    """By loss, base and BGAugment: a bar from the MAP@R with replaced backgrounds (ring) to the one
+    without (disc). The longer the bar, the more hung on the backgrounds."""
+    image, font = Image.new("RGB", PANEL, "white"), ImageFont.load_default(48)
+    draw = ImageDraw.Draw(image)
+    ends = {key[1:]: [np.mean([result.means[condition, "map@r"] for result in results])
+                      for condition in ("replaced", "clean")]
+            for key, results in found.items() if key[0] == dataset}
+    step = next(s for s in (1, 2, 5, 10, 20) if np.max(list(ends.values())) <= 6 * s)
+    ticks = range(0, 6 * step + 1, step)
+    left, right, bottom = 580, PANEL[0] - 60, PANEL[1] - 160
+    for tick in ticks:
+        x = left + (right - left) * tick / ticks[-1]
+        draw.line((x, 110, x, bottom), "lightgrey", 3)
+        draw.text((x, bottom + 40), str(tick), "dimgrey", font, "mm")
+    draw.text((left, 60), f"{dataset}: test MAP@R, %", "black", font, "lm")
+    draw.text((left, PANEL[1] - 50), "ring: replaced backgrounds, disc: clean", "black", font, "lm")
+    for i, key in enumerate(itertools.product(LOSSES, (False, True))):
+        y, colour = 170 + 70 * i + 40 * (i // 2), ("#d95f02", "#1f78b4")[key[1]]
+        draw.text((left - 40, y), "+ BGAugment" if key[1] else key[0], colour, font, "rm")
+        if key not in ends:
+            draw.text((left + 20, y), "not run", "grey", font, "lm")
+            continue
+        ring, disc = (left + (right - left) * value / ticks[-1] for value in ends[key])
+        draw.line((ring, y, disc, y), colour, 12)
+        for x, fill in ((ring, "white"), (disc, colour)):
+            draw.ellipse((x - 18, y - 18, x + 18, y + 18), fill, colour, 7)
+    return image
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Command line
 # --------------------------------------------------------------------------------------------------
 
 FREE = {"runs", "device", "workers", "fresh", "test_only", "nmi"}  # may change when a run goes on
@@ -1109,6 +1326,7 @@ def parse_args(argv=None):
     add("--fresh", "delete the run's folder and start over", action="store_true")
     add("--test-only", "test the run's best.pt again", action="store_true")
     add("--nmi", "report NMI of the test embeddings too (slow)", action="store_true")
+    add("--report", "print the tables of all runs in RUNS, draw RUNS/report.png", metavar="RUNS")
     parser.set_defaults(**DEFAULTS["paper"])
     if parser.parse_known_args(argv)[0].dataset == "toy":
         parser.set_defaults(**DEFAULTS["toy"])
@@ -1183,6 +1401,8 @@ def print_results(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.report:
+        return report(Path(args.report))
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     run = open_run(args)
     if (run / "result.json").exists() and not args.test_only:
