@@ -1257,7 +1257,7 @@ def draw_panel(dataset, found):
                       for condition in ("replaced", "clean")]
             for key, results in found.items() if key[0] == dataset}
     step = next(s for s in (1, 2, 5, 10, 20) if np.max(list(ends.values())) <= 6 * s)
-    ticks = range(0, 6 * step + 1, step)
+    ticks = range(0, min(6 * step, 100) + 1, step)
     left, right, bottom = 580, PANEL[0] - 60, PANEL[1] - 160
     for tick in ticks:
         x = left + (right - left) * tick / ticks[-1]
@@ -1293,6 +1293,14 @@ def number(low, kind=int):
         return kind(text)
     parse.__name__ = kind.__name__
     return parse
+
+
+def shard(text):
+    """An argparse type: "3/8" -> (3, 8), the third of every eight images."""
+    i, n = (int(part) for part in text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
+    return i, n
 
 
 def parse_args(argv=None):

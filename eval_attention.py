@@ -32,19 +32,6 @@ from bgbias import UserError
 
 COPIES, SIGMA, QUANTILE = 25, 0.15, 0.99  # copies; their noise, in the image's range; clipping
 
-PAPER_ATTENTION = {  # mean, standard deviation over the test images: base, BGAugment (Section 5)
-    "cars196": {"arcface": ((0.49, 0.10), (0.56, 0.10)), "triplet": ((0.50, 0.09), (0.54, 0.09)),
-                "contrastive": ((0.50, 0.09), (0.53, 0.10)),
-                "multi_similarity": ((0.52, 0.09), (0.50, 0.09)),
-                "normalized_softmax": ((0.51, 0.09), (0.56, 0.09))},
-    "cub200": {"arcface": ((0.25, 0.08), (0.33, 0.09)), "triplet": ((0.24, 0.08), (0.33, 0.09)),
-               "contrastive": ((0.25, 0.08), (0.32, 0.10)),
-               "multi_similarity": ((0.26, 0.08), (0.30, 0.09)),
-               "normalized_softmax": ((0.24, 0.08), (0.30, 0.08))},
-    "sop": {"arcface": ((0.13, 0.14), (0.26, 0.17)), "triplet": ((0.08, 0.17), (0.26, 0.22)),
-            "contrastive": ((0.07, 0.16), (0.31, 0.20)),
-            "multi_similarity": ((0.11, 0.17), (0.28, 0.19)),
-            "normalized_softmax": ((0.12, 0.14), (0.28, 0.20))}}
 KINDS = ("base", "bgaugment")
 NOISE, RANDOM, PICK = range(100, 103)  # purposes of a seed, beside bgbias.py's
 # What a batch may keep for its backward pass, at least one image's 25 copies (BN-Inception: 1.1
@@ -275,8 +262,8 @@ def table(pairs, scores):
     for (dataset, loss, seed), pair in pairs.items():
         found = [scores[pair[kind].folder] if kind in pair else {} for kind in KINDS]
         cells = [f"{dataset} {loss} s{seed}", f"{max(map(len, found)):,}", *map(summary, found)]
-        paper = PAPER_ATTENTION.get(dataset, {}).get(loss, ())
-        cells += [f"{mean:.2f} ± {std:.2f}" for mean, std in paper] or ["-", "-"]
+        paper = bgbias.PAPER.get(dataset, {}).get(loss, ())
+        cells += ["{:.2f} ± {:.2f}".format(*row[3:]) for row in paper] or ["-", "-"]
         gain = compare(*found)
         cells += (["{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain), f"{100 * gain[3]:.0f} %"] if gain
                   else ["-", "-"])
@@ -403,20 +390,13 @@ def sanity(pairs, scores):
 
 # ---- 5. Command line -----------------------------------------------------------------------------
 
-def shard(text):
-    i, n = (int(number) for number in text.split("/"))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with 1 <= I <= N")
-    return i, n
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
         epilog="A base and a BGAugment run of one dataset, loss and seed are compared.")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="the I-th of every N images")
+    add("--shard", type=bgbias.shard, default=(1, 1), metavar="I/N", help="the I-th of every N images")
     add("--figure", type=Path, metavar="PNG", help="draw the maps of a base and a BGAugment run")
     add("--images", nargs="+", default=["8"], help="of --figure: how many (default: 8) or names")
     add("--worst", action="store_true", help="of --figure: where the two differ most, not by seed")

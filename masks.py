@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from bgbias import ALIASES, UserError, command, load_index, open_rgb, write
+from bgbias import ALIASES, UserError, command, load_index, open_rgb, shard, write
 
 # rembg's models that run on this machine and give one mask an image. Not what rembg lists: some of
 # its models send the images away and bill, some need prompts, some give several masks.
@@ -250,14 +250,6 @@ def contact_sheet(entries, out):
 # --------------------------------------------------------------------------------------------------
 
 
-def shard(text):
-    """The slice of "3/8": every 8th item from the third."""
-    i, n = (int(part) for part in text.split("/"))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
-    return slice(i - 1, None, n)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Foreground masks with rembg, and their quality (Kobs & Hotho, 2022).",
@@ -287,7 +279,8 @@ def main(argv=None):
         entries = [(image, mask, f"{truth} IoU {iou:.2f}") for iou, _, truth, image, mask in worst]
     else:
         index = load_index(ALIASES.get(args.dataset, args.dataset), args.data, need_masks=False)
-        images, masks = index.images[args.shard], index.masks[args.shard]
+        i, n = args.shard
+        images, masks = index.images[i - 1::n], index.masks[i - 1::n]
         rows = (parallel(verify, [*zip(images, masks)], "verify") if args.verify
                 else make_masks(images, masks, args.model))
         sound, entries = summarise(rows), sample(rows) if args.sheet else []

@@ -33,7 +33,7 @@ def test_paper_table():
     for line in PAPER.split("\n")[1:-1]:
         loss, *cells = line.split()
         for dataset, *numbers in (cells[0:5], cells[5:10], cells[10:15]):
-            base, bgaugment = ea.PAPER_ATTENTION[dataset][loss]
+            base, bgaugment = (row[3:] for row in bgbias.PAPER[dataset][loss])
             assert [*base, *bgaugment] == [float(n) for n in numbers]
 
 
