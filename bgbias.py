@@ -433,7 +433,7 @@ def free_memory():
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
                        for name in ("memory.max", "memory.current"))
-        return min(free, limit - used)
+        return min(free, limit - used)  # used includes file caches: careful rather than killed
     except (OSError, ValueError):  # no container, or one without a limit
         return free
 
@@ -480,6 +480,7 @@ def loader(batches, args, start=0):
     """Iterates items start, start + 1, ... of `batches`, prepared ahead by --workers processes."""
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, len(batches)), num_workers=args.workers,
+        multiprocessing_context="fork" if args.workers else None,  # shares the decoded photos
         worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
@@ -544,10 +545,11 @@ class MPerClassSampler:
 def images_per_class(loss, batch_size, classes):
     """m: 4 for pair losses, 1 for classification losses, if there are enough classes."""
     # DIFF: with fewer classes than a batch wants, m grows to a divisor of the batch size that fits.
-    for m in range(1 if loss in CLASSIFICATION else 4, batch_size + 1):
+    least = 1 if loss in CLASSIFICATION else 4
+    for m in range(least, batch_size // min(2, classes) + 1):  # of one class, nothing is learned
         if batch_size % m == 0 and batch_size // m <= classes:
             return m
-    raise UserError(f"--batch-size {batch_size}: {loss} takes at least 4")
+    raise UserError(f"--batch-size {batch_size}: not {least} images or more of each of two classes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -655,10 +657,11 @@ def build_backbone(name, weights):
     if weights not in ("imagenet", "none"):
         load_weights(network, name, weights)
     network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
-    network.transform_input = weights != "none"  # and rescale the input as their weights want it
+    network.transform_input = True  # and rescale the input as their ImageNet weights want it
     classifier = [n for n, layer in network.named_modules()
                   if 1000 in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    network.set_submodule(classifier[-1], nn.Identity())
+    parent, _, name = classifier[-1].rpartition(".")
+    setattr(network.get_submodule(parent), name, nn.Identity())
     return network
 
 
@@ -1107,8 +1110,8 @@ TABLES = {
 }
 LEGEND = f"""
 ± draws: standard deviation over the {DRAWS} random draws of backgrounds, ± images: over the test
-images, both inside a run. ± seeds: over runs that differ in their seed alone. With several seeds
-the other figures are means over them. Difference: ours minus the paper's."""
+images, both inside a run. ± seeds: over the runs of different seeds. With several seeds the other
+figures are means over them. Difference: ours minus the paper's."""
 
 
 def read_result(run):
@@ -1139,7 +1142,7 @@ def unusual(args):
     flags = ["--dataset", args.dataset, "--loss", args.loss, "--data", args.data, "--device", "cpu"]
     usual = vars(parse_args(flags + ["--bgaugment"] * args.bgaugment))
     return " ".join(f"--{name.replace('_', '-')} {getattr(args, name, None)}" for name in usual
-                    if name not in FREE | {"seed", "short_side"}
+                    if name not in FREE | {"seed"}
                     and getattr(args, name, None) != usual[name])
 
 
@@ -1167,13 +1170,12 @@ def read_runs(folder):
         try:
             key, result = read_result(run)
             found[key].append(result)
+            if result.unusual:
+                notes.append(f"\\* {run}: {result.unusual}")
             if attention := read_attention(run, key[0]):
                 result.means["attention", "score"], result.within["attention", "score"] = attention
         except UserError as error:
             notes.append(str(error))
-        else:
-            if result.unusual:
-                notes.append(f"\\* {run}: {result.unusual}")
     if not found:
         raise UserError(f"--report {folder}: no finished run; {(notes or ['train one first'])[0]}")
     return found, notes
@@ -1282,7 +1284,8 @@ def draw_panel(dataset, found):
 # 11. Command line
 # --------------------------------------------------------------------------------------------------
 
-FREE = {"runs", "device", "workers", "fresh", "test_only", "nmi"}  # may change when a run goes on
+# These may change when a run goes on, or follow from others.
+FREE = {"runs", "device", "workers", "fresh", "test_only", "nmi", "short_side"}
 
 
 def number(low, kind=int):
@@ -1368,7 +1371,7 @@ def run_folder(args, bgaugment):
 def open_run(args):
     """The run's folder with its config.json, new or as it was. Raises UserError if that differs."""
     run = run_folder(args, args.bgaugment)
-    if args.fresh and run.exists():
+    if args.fresh and not args.test_only and run.exists():
         shutil.rmtree(run)
     file = run / "config.json"
     if not file.exists():

@@ -241,6 +241,7 @@ def before_classifier(network, x):
 def test_a_torchvision_backbone_is_the_network_without_its_classifier(name):
     size, features, naive = TORCHVISION[name]
     network = torchvision_network(name)
+    network.transform_input = True  # of GoogLeNet: as its ImageNet weights expect it
     torch.manual_seed(3)
     model = Embedder(name, "none", size).eval()  # the same seed, so the same weights
     assert model.order == [0, 1, 2] and model.head.weight.shape == (128, features)

@@ -251,7 +251,7 @@ ERRORS = {  # flags or damage: what the one line says
     "--weights shop/images/c0/p0.jpg": "--weights shop/images/c0/p0.jpg:",
     "--device cuda:99": "--device cuda:99:",
     "--device nonsense": "--device nonsense:",
-    "--batch-size 2": "--batch-size 2: contrastive takes at least 4",
+    "--batch-size 2": "--batch-size 2: not 4 images or more of each of two",
     "--lr 1e30": "--lr 1e+30: the loss is nan in epoch 1",
     "--test-only": "--test-only: no run in runs/shop-contrastive-base-s42",
     "--runs shop/images/c0/p0.jpg": "p0.jpg",
