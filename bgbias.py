@@ -478,9 +478,10 @@ def mix(*numbers):
 
 def loader(batches, args, start=0):
     """Iterates items start, start + 1, ... of `batches`, prepared ahead by --workers processes."""
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, len(batches)), num_workers=args.workers,
-        multiprocessing_context="fork" if args.workers else None,  # shares the decoded photos
+        multiprocessing_context="fork" if fork and args.workers else None,
         worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
@@ -937,9 +938,9 @@ def pick(index, rows):
 
 def spread(draws):
     """Mean and sample standard deviation of a list of metric dicts."""
-    values = {name: [draw[name] for draw in draws] for name in draws[0]}
-    return {"mean": {name: float(np.mean(v)) for name, v in values.items()},
-            "std": {name: float(np.std(v, ddof=1)) for name, v in values.items()}, "draws": draws}
+    values = np.array([list(draw.values()) for draw in draws])
+    return {"mean": dict(zip(draws[0], values.mean(axis=0).tolist())),
+            "std": dict(zip(draws[0], values.std(axis=0, ddof=1).tolist())), "draws": draws}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1359,7 +1360,7 @@ def complete(args):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.workers is None:
-        args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
+        args.workers = min(8, os.cpu_count()) if args.device.startswith("cuda") else 0
     return args
 
 

@@ -396,7 +396,7 @@ def parse_args(argv=None):
         epilog="A base and a BGAugment run of one dataset, loss and seed are compared.")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
-    add("--shard", type=bgbias.shard, default=(1, 1), metavar="I/N", help="every N-th from the I-th")
+    add("--shard", type=bgbias.shard, default=(1, 1), metavar="I/N", help="every N-th from I on")
     add("--figure", type=Path, metavar="PNG", help="draw the maps of a base and a BGAugment run")
     add("--images", nargs="+", default=["8"], help="of --figure: how many (default: 8) or names")
     add("--worst", action="store_true", help="of --figure: where the two differ most, not by seed")
