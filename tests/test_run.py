@@ -93,7 +93,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(whole, monkeypatch, loss, 
         assert results[0]["test"] == results[1]["test"]
 
 
-@pytest.mark.parametrize("stop", range(1, 13))
+@pytest.mark.parametrize("stop", [1, 4, 6, 12])  # 4 and 12 end an epoch
 def test_sigterm_after_any_batch_saves_the_state(whole, monkeypatch, stop):
     """The flag that SIGTERM sets, set after batch `stop`, stops the run there; the next one goes on."""
     flags = f"{TINY} --loss arcface"
