@@ -1452,6 +1452,11 @@ def command(name, main):
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:  # workers ignore the SIGTERM with which Python ends them, and would be waited for
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
 
 
 if __name__ == "__main__":
