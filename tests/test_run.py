@@ -259,12 +259,19 @@ ERRORS = {  # flags or damage: what the one line says
 
 
 @pytest.mark.parametrize("flags", ERRORS)
-def test_errors_are_one_line_and_exit_2(shop, flags):
-    failed = bgbias_py(shop, f"{TINY} {flags}")
-    assert failed.returncode == 2
-    *_, line = failed.stderr.strip().splitlines()
-    assert ERRORS[flags] in line and "Traceback" not in failed.stderr
-    assert line.startswith("bgbias.py: error: ")
+def test_errors_are_one_line_and_exit_2(whole, capsys, flags):
+    with pytest.raises(SystemExit) as ended:
+        bgbias.command("bgbias.py", lambda: finish(f"{TINY} {flags}"))
+    assert ended.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert ERRORS[flags] in line and "error: " in line
+
+
+def test_errors_have_no_traceback(shop):
+    failed = bgbias_py(shop, f"{TINY} --backgrounds none")
+    assert failed.returncode == 2 and failed.stdout.count("\n") == 1  # the arguments
+    assert failed.stderr == ("bgbias.py: error: --backgrounds none: no photos in none/val; "
+                             "see README, Data\n")
 
 
 def test_damaged_files_are_named(shop):
