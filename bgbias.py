@@ -465,7 +465,7 @@ class Batches(torch.utils.data.Dataset):
         photos = [self.photos[i] for i in self.lists[b]]
         if self.train:
             photos = [random_view(photo, self.size) for photo in photos]
-        picks = torch.randint(len(self.pool), (self.draws, len(photos)))
+        picks = torch.randint(len(self.pool) or 1, (self.draws, len(photos)))
         drawn = [random_view(self.pool[i], self.size) for i in picks.flatten()]
         shape = (*picks.shape, 3, self.size, self.size)
         return torch.stack(photos), torch.cat(drawn).view(shape) if drawn else torch.empty(shape)
@@ -1097,9 +1097,9 @@ class Trainer:
 # 10. Report
 # --------------------------------------------------------------------------------------------------
 
-# Of one run, {(condition, metric): figure}: means and, where it has draws or images to differ
-# between, their standard deviation (ddof 1). unusual: what is not the default, as flags.
-Result = namedtuple("Result", "means within unusual")
+# Of one run: {(condition, metric): (mean,) or, over draws or images, (mean, standard deviation)},
+# and the flags, as text, that are not the default.
+Result = namedtuple("Result", "figures unusual")
 WITHIN = {"replaced": "draws", "query": "draws", "attention": "images"}
 IN_PAPER = {("clean", "map@r"): 0, ("replaced", "map@r"): 1, ("attention", "score"): 3}
 PANEL = 1600, 1200  # px of the chart's drawing, twice its size
@@ -1108,8 +1108,12 @@ TABLES = {
     "Table 2: attention score": (("attention", "score"),),
     "Not in the paper: MAP@R, %": (
         ("query", "map@r"), ("object_only", "map@r"), ("background_only", "map@r")),
+    "Not in the paper: Recall@K, R-precision, %": (),  # table_row()
 }
-LEGEND = f"""
+INTRODUCTION = f"""# Background bias, measured
+
+![MAP@R, clean and replaced](report.png)
+
 ± draws: standard deviation over the {DRAWS} random draws of backgrounds, ± images: over the test
 images, both inside a run. ± seeds: over the runs of different seeds. With several seeds the other
 figures are means over them. Difference: ours minus the paper's."""
@@ -1117,24 +1121,28 @@ figures are means over them. Difference: ours minus the paper's."""
 
 def read_result(run):
     """(dataset, loss, bgaugment) and Result of a run folder. Raises UserError if it has none."""
-    file, log = run / "result.json", run / "log.jsonl"
+    file, log, attention = (run / f for f in ("result.json", "log.jsonl", "attention.json"))
     if not file.exists():
         epochs = len(log.read_text().splitlines()) if log.exists() else 0
         raise UserError(f"{run}: not finished, {epochs} epochs so far")
     try:
         saved = json.loads(file.read_text())
-        args, test = argparse.Namespace(**saved["args"]), saved["test"].items()
+        args, figures = argparse.Namespace(**saved["args"]), {}
         if args.loss not in LOSSES or run_folder(args, args.bgaugment).name != run.name:
             raise ValueError(f"it is of {run_folder(args, args.bgaugment).name}")
-        means, within = ({(condition, metric): 100 * float(value) for condition, scores in test
-                          for metric, value in part(scores).items()}
-                         for part in (lambda s: s.get("mean", s), lambda s: s.get("std", {})))
-        if not {("clean", "map@r"), ("replaced", "map@r")} <= means.keys():
+        for condition, scores in saved["test"].items():
+            parts = [scores["mean"], scores["std"]] if "mean" in scores else [scores]
+            for metric in parts[0]:
+                figures[condition, metric] = tuple(float(part[metric]) for part in parts)
+        if attention.exists():
+            scores = json.loads(attention.read_text())
+            figures["attention", "score"] = float(scores["mean"]), float(scores["std"])
+        if not {("clean", "map@r"), ("replaced", "map@r")} <= figures.keys():
             raise ValueError("no MAP@R")
         key = Path(args.dataset).resolve().name, args.loss, args.bgaugment
-        return key, Result(means, within, unusual(args))
+        return key, Result(figures, unusual(args))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: left out, not a result ({error!r})") from error
+        raise UserError(f"{run}: left out, not a result ({error!r})") from error
 
 
 def unusual(args):
@@ -1147,36 +1155,18 @@ def unusual(args):
                     and getattr(args, name, None) != usual[name])
 
 
-def read_attention(run, dataset):
-    """(mean, standard deviation) of a run's attention scores, None if it has none. UserError."""
-    file = run / "attention.npz"
-    if not file.exists():
-        return None
-    try:
-        with np.load(file) as saved:
-            scores = saved["score"]
-    except Exception as error:  # zip, pickle and numpy each raise their own
-        raise UserError(f"{file}: left out, not readable ({error!r})") from error
-    images = COUNTS[dataset][1] if dataset in COUNTS else len(scores)
-    if len(scores) < images:
-        raise UserError(f"{file}: left out, not finished, {len(scores):,} of {images:,} images")
-    scores = scores[np.isfinite(scores)]  # nan: undefined
-    return scores.mean(), scores.std(ddof=1)
-
-
 def read_runs(folder):
-    """{(dataset, loss, bgaugment): [Result], one a seed}, and what is not in it, in lines."""
+    """{(dataset, loss, bgaugment): [Result], one a seed}, and notes, a line each."""
     found, notes = defaultdict(list), []
     for run in sorted({file.parent for file in folder.glob("*/*.json")}):
         try:
             key, result = read_result(run)
-            found[key].append(result)
-            if result.unusual:
-                notes.append(f"\\* {run}: {result.unusual}")
-            if attention := read_attention(run, key[0]):
-                result.means["attention", "score"], result.within["attention", "score"] = attention
         except UserError as error:
             notes.append(str(error))
+            continue
+        found[key].append(result)
+        if result.unusual:
+            notes.append(f"\\* {run}: {result.unusual}")
     if not found:
         raise UserError(f"--report {folder}: no finished run; {(notes or ['train one first'])[0]}")
     return found, notes
@@ -1184,61 +1174,64 @@ def read_runs(folder):
 
 def figure(results, condition, metric, paper=None):
     """[(column head, cell)] of one figure; `paper`: the paper's row, if it has one."""
-    key = condition, metric
-    values = [result.means[key] for result in results if key in result.means]
-    ours = f"{np.mean(values):.2f}" if values else "not run"
-    columns = [(condition.replace("_", " "), ours)]
+    key, scale = (condition, metric), 1 if condition == "attention" else 100
+    found = scale * np.array([r.figures[key] for r in results if key in r.figures])
+    heads = [condition.replace("_", " ")]
     if condition in WITHIN:
-        within = [result.within[key] for result in results if key in result.within]
-        columns.append((f"± {WITHIN[condition]}", f"{np.mean(within):.2f}" if within else "-"))
-    columns.append(("± seeds", f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"))
+        heads.append(f"± {WITHIN[condition]}")
+    ours = [f"{x:.2f}" for x in found.mean(axis=0)] if len(found) else ["not run", "-"]
+    seeds = f"{found[:, 0].std(ddof=1):.2f}" if len(found) > 1 else "-"
+    columns = [*zip(heads, ours), ("± seeds", seeds)]
     if paper and key in IN_PAPER:
         mean, std = paper[IN_PAPER[key]:][:2]
-        gap = f"{round(np.mean(values) - mean, 2) + 0:+.2f}" if values else "-"  # + 0: no -0.00
+        gap = round(found[:, 0].mean() - mean, 2) + 0 if len(found) else None  # + 0: no -0.00
         columns += [("paper", f"{mean:.2f} ± {std:.2f}" if condition in WITHIN else f"{mean:.2f}"),
-                    ("difference", gap)]
+                    ("difference", "-" if gap is None else f"{gap:+.2f}")]
     return columns
 
 
 def table_row(title, results, dataset, paper):
     """[(column head, cell)] of one dataset, loss, and base or BGAugment."""
-    if title in TABLES:
+    if TABLES[title]:
         return [column for key in TABLES[title] for column in figure(results, *key, paper)]
     metrics = [f"recall@{k}" for k in RECALL_AT.get(dataset, (1, 2, 4, 8))] + ["r_precision"]
     return [(f"{metric} {condition}", figure(results, condition, metric)[0][1])
             for metric in metrics for condition in ("clean", "replaced")]
 
 
-def print_table(title, dataset, found):
-    """A row for each loss, base and BGAugment."""
-    for i, (loss, bgaugment) in enumerate(itertools.product(LOSSES, (False, True))):
+def table(title, dataset, found):
+    """Lines of Markdown: a row for each loss, base and BGAugment."""
+    if all(dataset != key[0] for key in found):
+        return [f"{dataset}: not run"]
+    rows = []
+    for loss, bgaugment in itertools.product(LOSSES, (False, True)):
         results = found.get((dataset, loss, bgaugment), [])
         paper = PAPER[dataset][loss][bgaugment] if dataset in PAPER else None
         mark = " \\*" if any(result.unusual for result in results) else ""
         name = f"{loss}{' + BGAugment' if bgaugment else ''}{mark}"
-        heads, cells = zip((dataset, name), ("seeds", str(len(results))),
-                           *table_row(title, results, dataset, paper))
-        for line in ([heads, ["---"] * len(heads), cells] if i == 0 else [cells]):
-            print(f"| {' | '.join(line)} |")
+        rows.append([(dataset, name), ("seeds", str(len(results))),
+                     *table_row(title, results, dataset, paper)])
+    heads = [head for head, _ in rows[0]]
+    cells = [[cell for _, cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *cells)]
 
 
 def report(folder):
-    """Prints, in Markdown, the tables of all runs in `folder` next to the paper's and draws
-    folder/report.png. Raises UserError if no run is finished. Sections 4.3 and 5."""
+    """Writes folder/report.md, the tables of all runs in it next to the paper's, with the chart
+    report.png, and prints it. Raises UserError if no run is finished. Sections 4.3 and 5."""
     found, notes = read_runs(folder)
     draw_chart(found, folder / "report.png")
-    print("# Background bias, measured\n\n![MAP@R, clean and replaced](report.png)\n" + LEGEND)
-    for title in (*TABLES, "Not in the paper: Recall@K, R-precision, %"):
-        print(f"\n## {title}")
+    lines = [INTRODUCTION]
+    for title in TABLES:
+        lines += ["", f"## {title}"]
         for dataset in dict.fromkeys([*PAPER, *(dataset for dataset, *_ in found)]):
-            print()
-            if any(dataset == key[0] for key in found):
-                print_table(title, dataset, found)
-            else:
-                print(f"{dataset}: not run")
+            lines += ["", *table(title, dataset, found)]
     if notes:
-        print("\n## Notes\n\n\\* made with other settings than the paper's (toy: than its own)\n")
-        print("\n".join(f"- {note}" for note in notes))
+        mark = "\\* made with other settings than the paper's (toy: than its own)"
+        lines += ["", "## Notes", "", mark, "", *(f"- {note}" for note in notes)]
+    text = "\n".join(lines) + "\n"
+    write(folder / "report.md", lambda draft: draft.write_text(text))
+    print(text, end="")
 
 
 def draw_chart(found, file):
@@ -1256,7 +1249,7 @@ def draw_panel(dataset, found):
     without (disc). The longer the bar, the more hung on the backgrounds."""
     image, font = Image.new("RGB", PANEL, "white"), ImageFont.load_default(48)
     draw = ImageDraw.Draw(image)
-    ends = {key[1:]: [np.mean([result.means[condition, "map@r"] for result in results])
+    ends = {key[1:]: [100 * np.mean([result.figures[condition, "map@r"][0] for result in results])
                       for condition in ("replaced", "clean")]
             for key, results in found.items() if key[0] == dataset}
     step = next(s for s in (1, 2, 5, 10, 20) if np.max(list(ends.values())) <= 6 * s)
@@ -1400,12 +1393,11 @@ def print_results(args):
     """Prints the run's test MAP@R in percent, and its base or BGAugment sibling's, if done."""
     print(f"\n{'test MAP@R, %':29s}", *(f"{name:>15s}" for name in CONDITIONS))
     for bgaugment in (False, True):
-        file = run_folder(args, bgaugment) / "result.json"
-        if file.exists():
-            scores = json.loads(file.read_text())["test"]
-            cells = [f"{100 * s['map@r']:.2f}" if "map@r" in s else
-                     f"{100 * s['mean']['map@r']:.2f} +- {100 * s['std']['map@r']:.2f}"
-                     for s in (scores[name] for name in CONDITIONS)]
+        run = run_folder(args, bgaugment)
+        if (run / "result.json").exists():
+            figures = read_result(run)[1].figures
+            cells = [" +- ".join(f"{100 * x:.2f}" for x in figures[name, "map@r"])
+                     for name in CONDITIONS]
             kind = "BGAugment" if bgaugment else "base"
             print(f"{args.loss + ', ' + kind:29s}", *(f"{cell:>15s}" for cell in cells))
     print(f"all metrics: {run_folder(args, args.bgaugment) / 'result.json'}")

@@ -8,8 +8,9 @@ Background Bias in Deep Metric Learning" (Kobs & Hotho 2022).
     python eval_attention.py runs/sop-triplet-base-s42 --shard 1/4 --device cuda:0  # 2/4, 3/4, 4/4
 
 Start it in the folder the runs were trained in: all but the device comes from their config.json.
-Scores go to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined). The same
-command goes on after an interruption, and starts over if best.pt is another.
+Scores go to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined), their mean
+and standard deviation, written last, to RUN/attention.json, where bgbias.py --report finds them.
+The same command goes on after an interruption, and starts over if best.pt is another.
 """
 
 import argparse
@@ -111,12 +112,11 @@ def open_run(folder, device="auto"):
     try:
         saved = json.loads(config.read_text())["args"] | {"device": device, "workers": None}
         args = bgbias.complete(argparse.Namespace(**saved))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
-    try:
         index = bgbias.load_index(args.dataset, args.data)
     except UserError as error:
         raise UserError(f"{config}: {error} (start where the run was trained)") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
     images, masks = bgbias.pick(index, index.split["test"])
     photos = bgbias.Photos(images, masks, args.short_side, args.image_size, keep=False)
     checksum = hashlib.sha256(best.read_bytes()).hexdigest()
@@ -157,7 +157,7 @@ def attention_maps(run, rows, model):
     with torch.no_grad():
         black = model(model.normalise(torch.zeros(1, 3, size, size, device=args.device)))
     lists = torch.tensor(rows).split(images_per_batch(model, size, args.device))
-    batches = bgbias.Batches(run.photos, lists, size, False, run.photos, 0, (args.seed,))
+    batches = bgbias.Batches(run.photos, lists, size, False, [], 0, (args.seed,))
     for rows, (photos, _) in zip(lists, bgbias.loader(batches, args)):
         if bgbias.STOP:
             raise bgbias.Stopped
@@ -176,12 +176,13 @@ def gather(run, rows, trained=True):
 
 def score_run(run, shard=(1, 1)):
     """Scores what is left of the i-th of every n test images; {image path: (score, a, p)} of all
-    scored so far. Writes RUN/attention.npz; a shard writes RUN/attention-IofN.npz, and the last one
-    attention.npz too. Raises UserError; Stopped, with all saved."""
+    scored so far. Writes RUN/attention.npz, or of a shard attention-IofN.npz, and once all are
+    scored attention.npz and attention.json. Raises UserError; Stopped, with all saved."""
     scores, (i, n), written = read_scores(run), shard, time.monotonic()
     part = "attention.npz" if n == 1 else f"attention-{i}of{n}.npz"
     todo = [row for row in range(i - 1, len(run.images), n) if run.images[row] not in scores]
     if todo:
+        (run.folder / "attention.json").unlink(missing_ok=True)
         found = attention_maps(run, todo, load_model(run))
         try:
             for image, photo, attention in tqdm(found, str(run.folder), len(todo), disable=None):
@@ -193,8 +194,9 @@ def score_run(run, shard=(1, 1)):
         finally:  # whatever ends it
             write_scores(run, part, scores)
     scores = read_scores(run)  # other shards may have written meanwhile
-    if len(scores) == len(run.images) and any(run.folder.glob("attention-*of*.npz")):
+    if len(scores) == len(run.images):
         write_scores(run, "attention.npz", scores)
+        bgbias.write_json(run.folder / "attention.json", summary(scores))
     return scores
 
 
@@ -219,6 +221,15 @@ def write_scores(run, name, scores):
         with draft.open("wb") as file:  # given a name, NumPy would append .npz to it
             np.savez(file, image=list(scores), score=score, a=a, p=p, best=run.best)
     bgbias.write(run.folder / name, save)
+
+
+def summary(scores):
+    """Of {image: (score, a, p)}: mean and standard deviation (ddof 1) of the scores that are
+    defined, nan if those are fewer than two; how many images there are, which have no score."""
+    values = [score for score, *_ in scores.values() if np.isfinite(score)]
+    mean, std = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else (np.nan, np.nan)
+    undefined = [image for image, (score, *_) in scores.items() if not np.isfinite(score)]
+    return {"mean": mean, "std": std, "images": len(scores), "undefined": undefined}
 
 
 # ---- 3. Table and figure: base against BGAugment -------------------------------------------------
@@ -249,10 +260,6 @@ def compare(base, other):
         return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
 
 
-def summary(scores):
-    """Mean ± standard deviation over the images (ddof 1), as text."""
-    values = [score for score, *_ in scores.values() if np.isfinite(score)]
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "-"
 
 
 def table(pairs, scores):
@@ -261,7 +268,9 @@ def table(pairs, scores):
              "| improved |", "|---|---|---|---|---|---|---|---|"]
     for (dataset, loss, seed), pair in pairs.items():
         found = [scores[pair[kind].folder] if kind in pair else {} for kind in KINDS]
-        cells = [f"{dataset} {loss} s{seed}", f"{max(map(len, found)):,}", *map(summary, found)]
+        cells = [f"{dataset} {loss} s{seed}", f"{max(map(len, found)):,}"]
+        cells += ["{mean:.3f} ± {std:.3f}".format(**summary(own)).replace("nan ± nan", "-")
+                  for own in found]
         paper = bgbias.PAPER.get(dataset, {}).get(loss, ())
         cells += ["{:.2f} ± {:.2f}".format(*row[3:]) for row in paper] or ["-", "-"]
         gain = compare(*found)
@@ -269,7 +278,7 @@ def table(pairs, scores):
                   else ["-", "-"])
         lines.append(f"| {' | '.join(cells)} |")
     for folder, found in scores.items():
-        if names := [image for image, (score, *_) in found.items() if not np.isfinite(score)]:
+        if names := summary(found)["undefined"]:
             lines.append(f"\n{folder}: {len(names):,} of {len(found):,} images left out, full mask "
                          f"or flat map: {', '.join(names[:5])}" + ", ..." * (len(names) > 5))
     return "\n".join(lines)
@@ -353,21 +362,21 @@ def occlusion(run, model, rows):
 
 def check_run(run):
     """Yields (what, found, the bounds it must keep or None), of SANITY images. Objects are central,
-    and so is any network's view of a photo: what a map scores with another image's mask, here the
-    next one's, is no attention to the object."""
+    and so is any network's view of a photo: what a map scores beyond its score with another image's
+    mask, here the next one's, is attention to this object."""
     rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY]
     rows = sorted(rows.tolist())
     (photos, maps), (_, random) = gather(run, rows), gather(run, rows, trained=False)
-    own, hard = photos[:, 3] / 255, (photos[:, 3] >= 128).double()
-    other = own.roll(1, dims=0)
-    for what, attention, mask, bounds in (
-            ("attention score", maps, own, None),
-            ("... with another image's mask", maps, other, None),
-            ("random weights score about 0", random, own, (-ABOUT_ZERO, ABOUT_ZERO)),
-            ("... with another image's mask", random, other, None),
-            ("the mask as map scores 1", hard, hard, (1, 1)),
-            ("its complement less than 0", 1 - hard, hard, (-np.inf, 0))):
-        yield what, attention_score(attention, mask).nanmean(), bounds
+    masks, hard = photos[:, 3] / 255, (photos[:, 3] >= 128).double()
+    zero = -ABOUT_ZERO, ABOUT_ZERO
+    for what, attention, own, other in (("attention score", maps, None, None),
+                                        ("random weights score about 0", random, zero, zero)):
+        score = attention_score(attention, masks)
+        yield what, score.nanmean(), own
+        gain = score - attention_score(attention, masks.roll(1, dims=0))
+        yield "... beyond that with another image's mask", gain.nanmean(), other
+    yield "the mask as map scores 1", attention_score(hard, hard).nanmean(), (1, 1)
+    yield "its complement less than 0", attention_score(1 - hard, hard).nanmean(), (-np.inf, 0)
     background, object_, p = occlusion(run, load_model(run), rows)
     yield "occlusion score", above_chance(object_ / (object_ + background), p).nanmean(), None
     yield "... moved by another background", background.mean(), None

@@ -211,16 +211,21 @@ def test_scores_of_a_run(runs):
         assert np.isfinite(saved["score"]).tolist() == [True] * 8 + [False]
         expected = (saved["a"][:8] - saved["p"][:8]) / (1 - saved["p"][:8])
         np.testing.assert_allclose(saved["score"][:8], expected)
+    summary = json.loads((runs[0] / "attention.json").read_text())
+    assert (summary["images"], summary["undefined"]) == (9, [str(run.images[8])])
+    assert summary["mean"] == pytest.approx(expected.mean())
+    assert summary["std"] == pytest.approx(expected.std(ddof=1))
 
 
 def test_scores_do_not_depend_on_batch_size_or_shards(runs, monkeypatch):
     run = ea.open_run(runs[0], "cpu")
     together = np.array(list(ea.score_run(run).values()))
     (runs[0] / "attention.npz").unlink()
-    monkeypatch.setattr(ea, "MOST", 2)
+    monkeypatch.setattr(ea, "MOST", 2)  # attention.json is of the scores just deleted
     for i in (2, 1, 3):
         ea.score_run(run, (i, 3))
-        assert (runs[0] / "attention.npz").exists() == (i == 3)
+        for name in ("attention.npz", "attention.json"):
+            assert (runs[0] / name).exists() == (i == 3)
     np.testing.assert_allclose(scores_of(runs[0]), together, atol=1e-4)
 
 
@@ -291,7 +296,8 @@ def test_compare():
 def test_summary():
     values = {"a": 0.25, "b": np.nan, "c": 0.5, "d": -1.0}
     found = ea.summary({image: (value, 0, 0) for image, value in values.items()})
-    assert found == f"{-0.25 / 3:.3f} ± {statistics.stdev([0.25, 0.5, -1.0]):.3f}"
+    assert found == {"mean": pytest.approx(-0.25 / 3), "images": 4, "undefined": ["b"],
+                     "std": pytest.approx(statistics.stdev([0.25, 0.5, -1.0]))}
 
 
 def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
