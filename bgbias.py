@@ -54,9 +54,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# 1. Constants
-# --------------------------------------------------------------------------------------------------
+# ---- 1. Constants --------------------------------------------------------------------------------
 
 # Class-disjoint splits, 0-based labels (Section 4.1).
 SPLITS = {
@@ -167,9 +165,7 @@ class Stopped(Exception):
     """SIGTERM came; raised where the training state is whole."""
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Data
-# --------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 
 # Per image: path, mask path, label; `split` maps train, val, test to their image indices.
 Index = namedtuple("Index", "images masks labels split")
@@ -357,29 +353,28 @@ def make_toy(root, seed=2022):
     if root.exists():
         return root
     draft = root.with_name(f"{root.name}.tmp{os.getpid()}")
-    for label in range(SPLITS["toy"]["test"].stop):
-        folders = [draft / kind / f"{label:03d}" for kind in ("images", "masks")]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        for i, pair in enumerate(toy_class(np.random.default_rng([seed, label]))):
-            for folder, image in zip(folders, pair):
-                image.save(folder / f"{i:02d}.png")
-    for k, part in enumerate(("val", "test")):
-        (draft / "backgrounds" / part).mkdir(parents=True)
-        for i in range(100):
-            toy_texture([seed, k, i, 1], 80).save(draft / "backgrounds" / part / f"{i:02d}.png")
     try:
+        for label in range(SPLITS["toy"]["test"].stop):
+            folders = [draft / kind / f"{label:03d}" for kind in ("images", "masks")]
+            for folder in folders:
+                folder.mkdir(parents=True)
+            for i, pair in enumerate(toy_class(np.random.default_rng([seed, label]))):
+                for folder, image in zip(folders, pair):
+                    image.save(folder / f"{i:02d}.png")
+        for k, part in enumerate(("val", "test")):
+            (draft / "backgrounds" / part).mkdir(parents=True)
+            for i in range(100):
+                toy_texture([seed, k, i, 1], 80).save(draft / "backgrounds" / part / f"{i:02d}.png")
         draft.rename(root)
-    except OSError:  # another run was faster, or the error stands
-        shutil.rmtree(draft)
-        if not root.exists():
+    except OSError:
+        if not root.exists():  # else another run was faster
             raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return root
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Views: decoding once, crops, background replacement
-# --------------------------------------------------------------------------------------------------
+# ---- 3. Views: decoding once, crops, background replacement --------------------------------------
 
 
 class Photos(torch.utils.data.Dataset):
@@ -392,7 +387,7 @@ class Photos(torch.utils.data.Dataset):
         self.kept = None
         if keep and self.fits():
             # DIFF: photos are resized once a run; the authors do it at every use, to the same end.
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
+            with ThreadPoolExecutor(cpus()) as threads:
                 decoded = threads.map(self.decode, range(len(self)))
                 self.kept = list(tqdm(decoded, "decoding", len(self), leave=False, disable=None))
 
@@ -423,19 +418,31 @@ class Photos(torch.utils.data.Dataset):
         return needed <= 0.8 * free
 
 
+def cpus():
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def free_memory():
-    """Bytes that can be had: what Linux and, if any, the container's limit say; elsewhere half."""
+    """Bytes that can be had: what Linux and the control groups of a container or a scheduler's job
+    leave; elsewhere half of all."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
+        own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text())
-                       for name in ("memory.max", "memory.current"))
-        return min(free, limit - used)  # used includes file caches: careful rather than killed
-    except (OSError, ValueError):  # no container, or one without a limit
+    except IndexError:  # older control groups
         return free
+    group = Path(f"/sys/fs/cgroup{own}")
+    for folder in (group, *group.parents):
+        try:  # used includes file caches: careful rather than killed
+            limit, used = (int((folder / name).read_text())
+                           for name in ("memory.max", "memory.current"))
+            free = min(free, limit - used)
+        except (OSError, ValueError):  # no limit here
+            pass
+    return free
 
 
 def random_view(photo, size):
@@ -513,9 +520,7 @@ def conditions(photos, backgrounds, model, everything=False):
         yield "background_only", model.normalise(replace_background(images, 1 - masks, mean))
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Sampler
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Sampler ----------------------------------------------------------------------------------
 
 
 class MPerClassSampler:
@@ -553,9 +558,7 @@ def images_per_class(loss, batch_size, classes):
     raise UserError(f"--batch-size {batch_size}: not {least} images or more of each of two classes")
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Network
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Network ----------------------------------------------------------------------------------
 
 BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projection
     # (without a 1x1 branch the block has stride 2)
@@ -679,8 +682,11 @@ def load_weights(network, name, weights):
             state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
         network.load_state_dict(state)
     except Exception as error:  # urllib, zip, pickle and torch each raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--weights {weights}: {reason}; {remedy}") from error
+        raise UserError(f"--weights {weights}: {brief(error)}; {remedy}") from error
+
+
+def brief(error):
+    return " ".join(str(error).split())[:150]
 
 
 class Embedder(nn.Module):
@@ -720,9 +726,7 @@ class Embedder(nn.Module):
         return self
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
-# --------------------------------------------------------------------------------------------------
+# ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D) 
 
 # Called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]); the lr_loss among
 # those is the optimiser's.
@@ -796,9 +800,7 @@ LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": mu
           **CLASSIFICATION}
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Metrics
-# --------------------------------------------------------------------------------------------------
+# ---- 7. Metrics ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -890,9 +892,7 @@ def nmi(embeddings, labels, seed):
     return float(normalized_mutual_info_score(labels, kmeans.fit_predict(embeddings.cpu().numpy())))
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Test protocol
-# --------------------------------------------------------------------------------------------------
+# ---- 8. Test protocol ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -943,9 +943,7 @@ def spread(draws):
             "std": dict(zip(draws[0], values.std(axis=0, ddof=1).tolist())), "draws": draws}
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Training
-# --------------------------------------------------------------------------------------------------
+# ---- 9. Training ---------------------------------------------------------------------------------
 
 # What a random number is for: part of its seed, so that no random state needs saving.
 INIT, SAMPLE, TRAIN, VAL, TEST, STEP = range(6)
@@ -994,12 +992,15 @@ class Trainer:
         write(self.run / name, lambda draft: torch.save(state, draft))
 
     def load(self, name):
-        state = torch.load(self.run / name, map_location=self.args.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.progress = state["progress"]
-        if self.weight is not None:
-            self.weight.data.copy_(state["weight"])
+        try:
+            state = torch.load(self.run / name, map_location=self.args.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.progress = state["progress"]
+            if self.weight is not None:
+                self.weight.data.copy_(state["weight"])
+        except Exception as error:  # zip, pickle and torch each raise their own
+            raise UserError(f"{self.run / name}: {brief(error)}; --fresh starts over") from error
 
     def fit(self):
         """Trains until --patience epochs brought nothing better, or for --epochs."""
@@ -1007,6 +1008,7 @@ class Trainer:
         self.photos = Photos(*pick(self.index, split["train"]), args.short_side)
         self.val = Photos(*pick(self.index, split["val"]), args.short_side, args.image_size)
         self.pool = Photos(list_backgrounds(args.backgrounds, "val"), None, args.short_side)
+        signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))  # now there is what to save
         try:
             while not self.finished():
                 start = time.monotonic()
@@ -1019,7 +1021,7 @@ class Trainer:
             epoch = self.progress["epoch"]
             raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; {self.run} keeps the one "
                             "before; lower --lr and start --fresh") from error
-        if not (self.run / "best.pt").exists():  # --epochs 0: the untrained network is the result
+        if not self.progress["best_epoch"]:  # --epochs 0: the untrained network is the result
             self.save("best.pt")
 
     def finished(self):
@@ -1093,9 +1095,7 @@ class Trainer:
               f"{args.patience}  {row['seconds']:5.1f} s  ETA {timedelta(0, left)}", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Report
-# --------------------------------------------------------------------------------------------------
+# ---- 10. Report ----------------------------------------------------------------------------------
 
 # Of one run: {(condition, metric): (mean,) or, over draws or images, (mean, standard deviation)},
 # and the flags, as text, that are not the default.
@@ -1136,7 +1136,8 @@ def read_result(run):
                 figures[condition, metric] = tuple(float(part[metric]) for part in parts)
         if attention.exists():
             scores = json.loads(attention.read_text())
-            figures["attention", "score"] = float(scores["mean"]), float(scores["std"])
+            if math.isfinite(scores["mean"]):  # or no image's score is defined
+                figures["attention", "score"] = float(scores["mean"]), float(scores["std"])
         if not {("clean", "map@r"), ("replaced", "map@r")} <= figures.keys():
             raise ValueError("no MAP@R")
         key = Path(args.dataset).resolve().name, args.loss, args.bgaugment
@@ -1148,6 +1149,8 @@ def read_result(run):
 def unusual(args):
     """The flags with which `args` differ from the defaults, in text; for a named dataset, those are
     the paper's."""
+    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
+        args.weights = "imagenet"
     flags = ["--dataset", args.dataset, "--loss", args.loss, "--data", args.data, "--device", "cpu"]
     usual = vars(parse_args(flags + ["--bgaugment"] * args.bgaugment))
     return " ".join(f"--{name.replace('_', '-')} {getattr(args, name, None)}" for name in usual
@@ -1274,9 +1277,7 @@ def draw_panel(dataset, found):
     return image
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. Command line
-# --------------------------------------------------------------------------------------------------
+# ---- 11. Command line ----------------------------------------------------------------------------
 
 # These may change when a run goes on, or follow from others.
 FREE = {"runs", "device", "workers", "fresh", "test_only", "nmi", "short_side"}
@@ -1353,7 +1354,7 @@ def complete(args):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if args.device.startswith("cuda") else 0
+        args.workers = min(8, cpus()) if args.device.startswith("cuda") else 0
     return args
 
 
@@ -1363,25 +1364,18 @@ def run_folder(args, bgaugment):
 
 
 def open_run(args):
-    """The run's folder with its config.json, new or as it was. Raises UserError if that differs."""
+    """The folder of the run; of one begun with other arguments or not to be read, UserError."""
     run = run_folder(args, args.bgaugment)
+    if args.test_only and not (run / "best.pt").exists():
+        raise UserError(f"--test-only: no best.pt in {run}; train it first")
     if args.fresh and not args.test_only and run.exists():
         shutil.rmtree(run)
-    file = run / "config.json"
-    if not file.exists():
-        if args.test_only:
-            raise UserError(f"--test-only: no run in {run}; train it first")
-        run.mkdir(parents=True, exist_ok=True)
-        git = shutil.which("git") and subprocess.run(
-            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True, text=True).stdout.strip()
-        gpu = args.device.startswith("cuda")
-        write_json(file, {
-            "args": vars(args), "git": git or "unknown",
-            "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
-            "python": sys.version.split()[0], "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "numpy": np.__version__})
-    saved = json.loads(file.read_text())["args"]
+    if not any((run / name).exists() for name in ("last.pt", "best.pt")):  # nothing learned so far
+        return run
+    try:
+        saved = dict(json.loads((run / "config.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'}: {error!r}; --fresh starts the run over") from error
     differ = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})" for name, value
               in vars(args).items() if name not in FREE and saved.get(name) != value]
     if differ:
@@ -1389,17 +1383,38 @@ def open_run(args):
     return run
 
 
+def write_config(args, run):
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True, text=True).stdout.strip()
+    gpu = args.device.startswith("cuda")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {
+        "args": vars(args), "git": git or "unknown",
+        "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
+        "python": sys.version.split()[0], "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "numpy": np.__version__})
+
+
 def print_results(args):
     """Prints the run's test MAP@R in percent, and its base or BGAugment sibling's, if done."""
     print(f"\n{'test MAP@R, %':29s}", *(f"{name:>15s}" for name in CONDITIONS))
-    for bgaugment in (False, True):
-        run = run_folder(args, bgaugment)
-        if (run / "result.json").exists():
-            figures = read_result(run)[1].figures
-            cells = [" +- ".join(f"{100 * x:.2f}" for x in figures[name, "map@r"])
-                     for name in CONDITIONS]
-            kind = "BGAugment" if bgaugment else "base"
-            print(f"{args.loss + ', ' + kind:29s}", *(f"{cell:>15s}" for cell in cells))
+    flags = set()
+    for kind in ("base", "BGAugment"):
+        run = run_folder(args, kind == "BGAugment")
+        if not (run / "result.json").exists():
+            continue
+        try:
+            _, result = read_result(run)
+        except UserError as error:
+            print(error)
+            continue
+        cells = [" +- ".join(f"{100 * x:.2f}" for x in result.figures.get((name, "map@r"), ()))
+                 for name in CONDITIONS]
+        print(f"{args.loss + ', ' + kind:29s}", *(f"{cell:>15s}" for cell in cells))
+        flags.add(result.unusual or "the defaults")
+    if len(flags) > 1:
+        print(f"not to be compared, one has {', the other '.join(flags)}")
     print(f"all metrics: {run_folder(args, args.bgaugment) / 'result.json'}")
 
 
@@ -1407,20 +1422,22 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return report(Path(args.report))
-    signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     run = open_run(args)
     if (run / "result.json").exists() and not args.test_only:
         print(f"{run} is done; --test-only tests it again, --fresh starts over")
         return print_results(args)
-    print(f"{run}: {' '.join((run / 'config.json').read_text().split())}", flush=True)
-    trainer = Trainer(args, load_index(args.dataset, args.data), run)
+    index = load_index(args.dataset, args.data)
+    for part in ("val", "test"):
+        list_backgrounds(args.backgrounds, part)  # an error now, not after the training
+    trainer = Trainer(args, index, run)
     if (run / "last.pt").exists():
         trainer.load("last.pt")
-        print("going on at epoch {epoch}, batch {step}".format(**trainer.progress), flush=True)
+    elif not args.test_only:
+        write_config(args, run)
+    config, at = (run / "config.json").read_text(), trainer.progress
+    print(f"{run}, epoch {at['epoch']}, batch {at['step']}: {' '.join(config.split())}", flush=True)
     if not args.test_only:
         trainer.fit()
-    elif not (run / "best.pt").exists():
-        raise UserError(f"--test-only: no best.pt in {run}; train it first")
     progress = trainer.progress
     trainer.load("best.pt")
     scores = test(trainer.model, trainer.index, args)

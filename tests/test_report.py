@@ -138,6 +138,18 @@ def test_attention(tmp_path, capsys):
     assert note.startswith(f"- {run}: left out, not a result (JSONDecodeError")
 
 
+def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
+    flags = "--weights elsewhere/bn_inception-52deb4733.pth"
+    make_run(tmp_path, "cub200-triplet-base-s42", 0.4, 0.3, flags=flags)
+    assert "Notes" not in tables(tmp_path, capsys)
+
+
+def test_undefined_attention_is_no_figure(tmp_path, capsys):
+    make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
+    assert rows(tables(tmp_path, capsys)["Table 2: attention score"], "triplet")[-1] == [
+        "1", "not run", "-", "-"]
+
+
 def test_toy_and_own_folders_have_no_paper(tmp_path, capsys):
     make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
     make_run(tmp_path, "photos-triplet-base-s42", 0.5, 0.3)

@@ -253,7 +253,7 @@ ERRORS = {  # flags or damage: what the one line says
     "--device nonsense": "--device nonsense:",
     "--batch-size 2": "--batch-size 2: not 4 images or more of each of two",
     "--lr 1e30": "--lr 1e+30: the loss is nan in epoch 1",
-    "--test-only": "--test-only: no run in runs/shop-contrastive-base-s42",
+    "--test-only": "--test-only: no best.pt in runs/shop-contrastive-base-s42",
     "--runs shop/images/c0/p0.jpg": "p0.jpg",
 }
 
@@ -269,7 +269,7 @@ def test_errors_are_one_line_and_exit_2(whole, capsys, flags):
 
 def test_errors_have_no_traceback(shop):
     failed = bgbias_py(shop, f"{TINY} --backgrounds none")
-    assert failed.returncode == 2 and failed.stdout.count("\n") == 1  # the arguments
+    assert (failed.returncode, failed.stdout) == (2, "") and not (shop / "runs").exists()
     assert failed.stderr == ("bgbias.py: error: --backgrounds none: no photos in none/val; "
                              "see README, Data\n")
 
@@ -284,6 +284,61 @@ def test_damaged_files_are_named(shop):
     assert failed.returncode == 2
     assert failed.stderr == ("bgbias.py: error: shop/masks/c8/p3.png: its size is (10, 10), the photo's is "
                              "(40, 32); delete it and run masks.py\n")
+
+
+def test_a_wrong_first_command_leaves_nothing(whole, capsys):
+    for flags in ("--dataset nope", "--backbone nope", "--backgrounds nope"):
+        with pytest.raises(bgbias.UserError):
+            finish(f"{TINY} {flags}")
+        assert not (whole / "runs").exists()
+
+
+def test_interrupted_before_anything_is_learned_takes_other_arguments(whole, monkeypatch):
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bgbias.Trainer, "train_step", killed)
+        with pytest.raises(Killed):
+            finish(TINY)
+    finish(f"{TINY} --epochs 1")
+    config = json.loads((whole / "runs/shop-contrastive-base-s42/config.json").read_text())
+    assert config["args"]["epochs"] == 1
+
+
+def test_missing_test_backgrounds_are_found_before_training(whole):
+    for file in (whole / "data/unsplash_backgrounds/test").iterdir():
+        file.unlink()
+    with pytest.raises(bgbias.UserError, match="no photos in .*test"):
+        finish(TINY)
+    assert not (whole / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json"])
+def test_damaged_run_files_are_named(whole, name):
+    finish(f"{TINY} --epochs 1")
+    run = whole / "runs/shop-contrastive-base-s42"
+    (run / "result.json").unlink()
+    (run / name).write_bytes((run / name).read_bytes()[:100])
+    with pytest.raises(bgbias.UserError, match=f"{run.name}/{name}: .*--fresh"):
+        finish(f"{TINY} --epochs 1")
+    (run / name).unlink()
+    if name == "best.pt":  # the last epoch must not pass for the best
+        with pytest.raises(bgbias.UserError, match="best.pt: .*No such file"):
+            finish(f"{TINY} --epochs 1")
+
+
+def test_siblings_with_other_flags_or_damaged(whole, capsys):
+    finish(f"{TINY} --epochs 1")
+    finish(f"{TINY} --epochs 2 --bgaugment")
+    out = capsys.readouterr().out
+    assert "contrastive, base" in out and "contrastive, BGAugment" in out
+    line, = [line for line in out.splitlines() if line.startswith("not to be compared")]
+    assert "--epochs 1" in line and "--epochs 2" in line
+    (whole / "runs/shop-contrastive-base-s42/result.json").write_text("{")
+    finish(f"{TINY} --epochs 2 --bgaugment")
+    out = capsys.readouterr().out
+    assert "shop-contrastive-base-s42: left out" in out and "contrastive, BGAugment" in out
 
 
 def test_other_arguments_are_refused(finished):
