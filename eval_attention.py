@@ -105,8 +105,8 @@ Run = namedtuple("Run", "folder args images photos best")
 
 def open_run(folder, device="auto"):
     """The Run in `folder`. Raises UserError."""
-    config, best = Path(folder, "config.json"), Path(folder, "best.pt")
-    for file in (config, best):
+    config, best, result = (Path(folder, f) for f in ("config.json", "best.pt", "result.json"))
+    for file in (config, best, result):
         if not file.exists():
             raise UserError(f"{file}: missing; give folders of finished runs of bgbias.py")
     try:
@@ -148,7 +148,7 @@ def images_per_batch(model, size, device):
     image = COPIES * sum(t.nbytes for pointer, t in kept.items() if pointer not in weights)
     gpu = device.startswith("cuda")
     room = GPU_ROOM * torch.cuda.mem_get_info(device)[0] if gpu else CPU_ROOM
-    return max(1, min(MOST, int(room / image)))
+    return max(1, min(MOST, int(room / image), 2**24 // size**2))  # torch.quantile takes no more
 
 
 def attention_maps(run, rows, model):
@@ -417,7 +417,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: bgbias.STOP.append(True))
-    pairs = pair_up(open_run(folder, args.device) for folder in args.runs)
+    folders = [run for run in args.runs if not Path(run).is_file()]  # runs/* has logs too
+    pairs = pair_up(open_run(folder, args.device) for folder in folders)
     runs = [run for pair in pairs.values() for run in pair.values()]
     if args.figure and not (len(pairs) == 1 and len(runs) == 2 and args.figure.suffix == ".png"
                             and args.figure.parent.is_dir()):

@@ -9,7 +9,7 @@
 #   GPUS="0 1 2 3" bash run_all.sh       one run a GPU at a time; default: all that are visible
 #
 #   bash run_all.sh data masks           under SLURM: first this, then a task a run, then the report
-#   sbatch --array=0-29 --gres=gpu:1 --signal=B:TERM@120 run_all.sh
+#   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G --signal=B:TERM@120 run_all.sh
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
 # The same command again skips what is finished and goes on with what is not. What fails does not
@@ -21,13 +21,14 @@ DATA=${DATA:-data} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-42}
 LOSSES=${LOSSES:-contrastive triplet multi_similarity arcface normalized_softmax}
 FLAGS=${FLAGS:-}     # more of them for bgbias.py
 EVERY=${EVERY:-1800} # seconds between two estimates of what is left
+AUTHORS=https://github.com/LSX-UniWue/background-bias-in-dml
 HUB=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints  # where torch looks first
 
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 say() { echo "$(date +%H:%M:%S) $*"; }
 failed() { say "$1: FAILED, $2" && echo "$1: $2" >>"$tmp/failed"; }
 
-# ---- The stages, of a dataset or of a run: $dataset $loss $kind $seed $name ------------------------
+# ---- The stages, of a dataset or of a run: $dataset $loss $kind $seed $name ----------------------
 
 data() {  # of bgbias.py's files those that can be had; no checksum is known of the backgrounds
     case $dataset in
@@ -40,10 +41,10 @@ data() {  # of bgbias.py's files those that can be had; no checksum is known of 
             find "$DATA" -maxdepth 2 -name car_ims -o -name cars_train | grep -q . ||
             die "nobody serves cars196 any more; put into $DATA/cars196 car_ims/, cars_annos.mat" \
                 "or cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
-        unsplash_backgrounds) fetch "$DATA/$dataset" tar md5 "${PHOTOS_MD5-}" \
-            "${PHOTOS_URL:-https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz}"
-            ;;
-        bn_inception-*) [[ $FLAGS == *--weights* ]] ||
+        unsplash_backgrounds) [[ $FLAGS == *--backgrounds* ]] ||
+            fetch "$DATA/$dataset" tar md5 "${PHOTOS_MD5-}" \
+                "${PHOTOS_URL:-$AUTHORS/archive/HEAD.tar.gz}" ;;
+        bn_inception-*) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
             fetch "$HUB/$dataset" '' sha256 "${WEIGHTS_SHA256-52deb4733}" \
                 "${WEIGHTS_URL:-http://data.lip6.fr/cadene/pretrainedmodels/$dataset}" ;;
     esac
@@ -58,7 +59,6 @@ masks() {  # a share for every GPU
 }
 
 train() {
-    if [ ! "$dry" ] && [ -e "$RUNS/$name/result.json" ]; then say "$name: is done"; return; fi
     if [ "$kind" = base ]; then augment=; else augment=--bgaugment; fi
     # shellcheck disable=SC2086  # several words, or none
     job "$name" python bgbias.py --dataset "$dataset" --loss "$loss" $augment --seed "$seed" \
@@ -106,11 +106,11 @@ job() {  # job NAME COMMAND...: on the next free GPU, with its own log
     say "$1: $3 on GPU $gpu, log in $RUNS/$1.log"
     set -m  # a process group of its own, which stop() reaches whole
     (
-        trap exit TERM  # once the command has saved its state and ended, and without a word
+        trap exit TERM  # once the command has saved its state and ended
         if CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >>"$RUNS/$1.log" 2>&1; then say "$1: $3 is done"
         else failed "$1" "$(tail -n 1 "$RUNS/$1.log")"; fi
         echo "$gpu" >&3
-    ) &
+    ) 2>"$tmp/why" &  # where bash says "Terminated"
     set +m
 }
 
@@ -147,10 +147,13 @@ for word; do
         --dry-run) dry=1 ;;
         data | masks | train | attention | report) stages+=" $word" ;;
         cars196 | cub200 | sop | toy) datasets+=" $word" ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
+        *[[:space:]]*) die "$word: a folder without spaces, please" ;;
         *) [ -d "$word/images" ] || die "$word: no stage, dataset or folder with images/<class>/"
             datasets+=" ${word%/}" ;;
     esac
 done
+[ -e bgbias.py ] || die "start it in the folder of bgbias.py"
 datasets=${datasets:- cars196 cub200 sop}
 for dataset in $datasets; do for seed in $SEEDS; do for loss in $LOSSES; do
     for kind in base bgaugment; do
@@ -161,9 +164,9 @@ if [ "${SLURM_ARRAY_TASK_ID:-}" ]; then
     stages=${stages:-train attention}
     all=("${all[SLURM_ARRAY_TASK_ID]:?there is no run of this number}")
 fi
-: "${GPUS:=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 |
-    grep -E '^[0-9]+$' || echo none)}}"
-GPUS=${GPUS//,/ }
+: "${GPUS:=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 |
+    grep -E '^[0-9]+$')}}"
+GPUS=${GPUS//,/ } GPUS=${GPUS:-none}
 gpus=$(wc -w <<<"$GPUS")
 
 tmp=$(mktemp -d)
@@ -191,8 +194,9 @@ for stage in ${stages:-data masks train attention report}; do
     for item in "${items[@]}"; do
         read -r dataset loss kind seed name <<<"$item"
         if [ "$stage" = data ]; then
-            (data) 2>"$tmp/why" || failed "data-${dataset##*/}" "$(<"$tmp/why")"
-        elif ! grep -Eqs "^(data|masks)-(${dataset##*/}|unsplash|bn_inc)[-_:]" "$tmp/failed"; then
+            set -m; (data) 2>"$tmp/why" & set +m
+            wait $! || failed "data-${dataset##*/}" "$(<"$tmp/why")"
+        elif [ ! "$item" ] || ! grep -Eqs "^(data|masks)-${dataset##*/}[-:]" "$tmp/failed"; then
             "$stage"
         fi
     done

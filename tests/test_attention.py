@@ -301,8 +301,9 @@ def test_summary():
 
 
 def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
+    (runs[0].parent / "report.md").touch()  # as RUNS/* has it
     flags = ["--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"]
-    ea.main([*map(str, runs), "--device", "cpu", *flags])
+    ea.main([*map(str, runs), str(runs[0].parent / "report.md"), "--device", "cpu", *flags])
     out = capsys.readouterr().out
     row = out.splitlines()[2]
     assert row.startswith("| photos contrastive s42 | 9 |")
@@ -375,7 +376,7 @@ def error_of(capsys, *argv):
 def copy_of(folder, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
-    for name in ("config.json", "best.pt"):
+    for name in ("config.json", "best.pt", "result.json"):
         (copy / name).write_bytes((folder / name).read_bytes())
     return copy
 
@@ -406,6 +407,13 @@ def test_error_checkpoint(capsys, runs, tmp_path):
     assert f"{copy / 'best.pt'}: not a checkpoint of smallconv" in error_of(capsys, copy)
     (copy / "best.pt").unlink()
     assert f"{copy / 'best.pt'}: missing" in error_of(capsys, copy)
+
+
+def test_error_unfinished(capsys, runs, tmp_path):
+    """Its best epoch, and so its scores, may still change."""
+    copy = copy_of(runs[0], tmp_path)
+    (copy / "result.json").unlink()
+    assert f"{copy / 'result.json'}: missing; give folders of fin" in error_of(capsys, copy)
 
 
 def test_error_scores(capsys, runs, tmp_path):
