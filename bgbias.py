@@ -849,7 +849,7 @@ def nearness(embeddings, gallery, queries):
     extended, padding = F.pad(embeddings, (0, 1), value=1), -len(gallery) % GROUP
     offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
     gallery = torch.cat([F.pad(gallery, (0, 0, 0, padding)), offsets[:, None]], dim=1)  # (N, D + 1)
-    chunk = gallery.new_empty(max(1, 2**24 // len(gallery)), len(gallery))  # new memory is slow
+    chunk = gallery.new_empty(max(1, 2**25 // len(gallery)), len(gallery))  # new memory is slow
     for q in queries.split(len(chunk)):
         near = torch.mm(extended[q], gallery.T, out=chunk[:len(q)])
         yield q, near.scatter_(1, q[:, None], -math.inf)
