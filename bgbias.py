@@ -1208,7 +1208,9 @@ def table(title, dataset, found):
         return [f"{dataset}: not run"]
     rows = []
     for loss, bgaugment in itertools.product(LOSSES, (False, True)):
-        results = found.get((dataset, loss, bgaugment), [])
+        keys = TABLES[title] or [("clean", "map@r")]
+        results = [result for result in found.get((dataset, loss, bgaugment), [])
+                   if any(key in result.figures for key in keys)]
         paper = PAPER[dataset][loss][bgaugment] if dataset in PAPER else None
         mark = " \\*" if any(result.unusual for result in results) else ""
         name = f"{loss}{' + BGAugment' if bgaugment else ''}{mark}"

@@ -40,7 +40,13 @@ NOISE, RANDOM, PICK = range(100, 103)  # purposes of a seed, beside bgbias.py's
 CPU_ROOM, GPU_ROOM, MOST = 2**27, 0.4, 32  # bytes; share of the free memory; images
 EVERY = 60  # seconds between two writes of the scores
 RESAMPLES = 2000  # of the bootstrap
-SANITY, ABOUT_ZERO = 200, 0.05  # images; what random weights may score, below the paper's least
+SANITY = 200  # images
+ANY, ABOUT_ZERO = (-np.inf, np.inf), (-0.05, 0.05)  # the latter is below the paper's least score
+CHECKS = (  # what is found, and the bounds that it must keep
+    ("score", ANY), ("beyond another mask's", ANY),
+    ("random weights", ABOUT_ZERO), ("beyond another mask's", ABOUT_ZERO),
+    ("mask as map", (1, 1)), ("its complement", (-np.inf, 0)),
+    ("occlusion", ANY), ("background swapped", ANY), ("object swapped", ANY))
 CELL, GAP, TEXT = 216, 6, 17  # px of the figure: four cells are a README's width
 
 
@@ -361,39 +367,37 @@ def occlusion(run, model, rows):
 
 
 def check_run(run):
-    """Yields (what, found, the bounds it must keep or None), of SANITY images. Objects are central,
-    and so is any network's view of a photo: what a map scores beyond its score with another image's
-    mask, here the next one's, is attention to this object."""
+    """The figures of CHECKS, means over SANITY test images. Objects are central, and so is any
+    network's view of a photo: what a map scores beyond its score with the mask of another image,
+    here the next one, is attention to this object."""
     rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY]
-    rows = sorted(rows.tolist())
-    (photos, maps), (_, random) = gather(run, rows), gather(run, rows, trained=False)
-    masks, hard = photos[:, 3] / 255, (photos[:, 3] >= 128).double()
-    zero = -ABOUT_ZERO, ABOUT_ZERO
-    for what, attention, own, other in (("attention score", maps, None, None),
-                                        ("random weights score about 0", random, zero, zero)):
-        score = attention_score(attention, masks)
-        yield what, score.nanmean(), own
-        gain = score - attention_score(attention, masks.roll(1, dims=0))
-        yield "... beyond that with another image's mask", gain.nanmean(), other
-    yield "the mask as map scores 1", attention_score(hard, hard).nanmean(), (1, 1)
-    yield "its complement less than 0", attention_score(1 - hard, hard).nanmean(), (-np.inf, 0)
+    rows, found = sorted(rows.tolist()), []
+    for trained in (True, False):
+        photos, maps = gather(run, rows, trained)
+        masks = photos[:, 3] / 255
+        score, other = (attention_score(maps, m) for m in (masks, masks.roll(1, dims=0)))
+        found += [score.nanmean(), (score - other).nanmean()]
+    hard = (masks >= 0.5).double()
+    found += [attention_score(attention, hard).nanmean() for attention in (hard, 1 - hard)]
     background, object_, p = occlusion(run, load_model(run), rows)
-    yield "occlusion score", above_chance(object_ / (object_ + background), p).nanmean(), None
-    yield "... moved by another background", background.mean(), None
-    yield "... moved by another object", object_.mean(), None
+    found += [above_chance(object_ / (object_ + background), p).nanmean(), background.mean(),
+              object_.mean()]
+    return [float(figure) for figure in found]
 
 
 def sanity(pairs, scores):
-    """Markdown: the score beside occlusion's and that of random weights, and which checks hold."""
-    lines = ["\n| run | check | found | holds |", "|---|---|---|---|"]
+    """Markdown: CHECKS of each run, with a "no" where one fails."""
+    lines = [f"\n| run | {' | '.join(what for what, _ in CHECKS)} |", "|---" * 10 + "|"]
+    for pair in pairs.values():
+        for run in pair.values():
+            cells = [f"{x:.3f}" + " **no**" * (not low <= x <= high)
+                     for x, (_, (low, high)) in zip(check_run(run), CHECKS)]
+            lines.append(f"| {' | '.join([run.folder.name, *cells])} |")
     for (dataset, *_), pair in pairs.items():
-        checks = [(run, *check) for run in pair.values() for check in check_run(run)]
         if dataset == "toy" and len(pair) == 2:  # where the shortcut was planted
             _, low, *_ = compare(*(scores[pair[kind].folder] for kind in KINDS))
-            checks.append((pair["bgaugment"], "scores more than base by", low, (0, np.inf)))
-        for run, what, found, bounds in checks:
-            holds = bounds and ("yes" if bounds[0] <= found <= bounds[1] else "**no**")
-            lines.append(f"| {run.folder.name} | {what} | {found:.3f} | {holds or ''} |")
+            lines.append(f"\n{pair['bgaugment'].folder.name} scores more than base: "
+                         + ("yes" if low > 0 else "**no**"))
     return "\n".join(lines)
 
 

@@ -118,9 +118,10 @@ stop() { for group in $(jobs -p); do kill -- "-$group" || true; done; wait; exit
 
 cost() {  # what all of it takes, a line a dataset, and from the first epochs on how many hours more
     for set in $datasets; do
-        case $set in  # GB: photos and masks
+        case $set in  # GB: photos and masks; a folder's photos are there already
             cars196) size="16,185 images, 2.3" ;; cub200) size="11,788 images, 1.4" ;;
-            sop) size="120,053 images, 4.8" ;; *) size="small, 0" ;;
+            sop) size="120,053 images, 4.8" ;; toy) size="3,400 images, 0.1" ;;
+            *) size="$(find "$set/images" -type f | wc -l) images, 0" ;;
         esac
         runs=0 files=()
         for run in "${all[@]}"; do if [[ $run == "$set "* ]]; then

@@ -131,7 +131,7 @@ def test_attention(tmp_path, capsys):
     found = tables(tmp_path, capsys)
     table = found["Table 2: attention score"]
     assert rows(table, "triplet") == [["2", "0.35", "0.10", "0.07", "0.24 ± 0.08", "+0.11"]]
-    assert rows(table, "arcface") == [["1", "not run", "-", "-", "0.25 ± 0.08", "-"]]
+    assert rows(table, "arcface") == [["0", "not run", "-", "-", "0.25 ± 0.08", "-"]]
     assert rows(found["Table 1: MAP@R, %"], "arcface")[0][1] == "20.00"
     assert rows(table, "contrastive")[0][0] == "0"
     note, = [line for line in found["Notes"] if line.startswith("- ")]
@@ -147,7 +147,7 @@ def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
 def test_undefined_attention_is_no_figure(tmp_path, capsys):
     make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
     assert rows(tables(tmp_path, capsys)["Table 2: attention score"], "triplet")[-1] == [
-        "1", "not run", "-", "-"]
+        "0", "not run", "-", "-"]
 
 
 def test_toy_and_own_folders_have_no_paper(tmp_path, capsys):
