@@ -424,15 +424,16 @@ def cpus():
 
 
 def free_memory():
-    """Bytes that can be had: what Linux and the control groups of a container or a scheduler's job
-    leave; elsewhere half of all."""
+    """Bytes that can be had: what Linux and the control groups (version 2) of a container or of a
+    scheduler's job leave; elsewhere half of all."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-        own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except IndexError:  # older control groups
+    try:
+        own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+    except (OSError, IndexError):
         return free
     group = Path(f"/sys/fs/cgroup{own}")
     for folder in (group, *group.parents):
@@ -726,7 +727,7 @@ class Embedder(nn.Module):
         return self
 
 
-# ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D) 
+# ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
 # Called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]); the lr_loss among
 # those is the optimiser's.
@@ -1000,7 +1001,8 @@ class Trainer:
             if self.weight is not None:
                 self.weight.data.copy_(state["weight"])
         except Exception as error:  # zip, pickle and torch each raise their own
-            raise UserError(f"{self.run / name}: {brief(error)}; --fresh starts over") from error
+            raise UserError(f"{self.run / name}: {brief(error)}; if it is damaged, --fresh starts "
+                            "over") from error
 
     def fit(self):
         """Trains until --patience epochs brought nothing better, or for --epochs."""
@@ -1206,9 +1208,8 @@ def table(title, dataset, found):
     """Lines of Markdown: a row for each loss, base and BGAugment."""
     if all(dataset != key[0] for key in found):
         return [f"{dataset}: not run"]
-    rows = []
+    rows, keys = [], TABLES[title] or [("clean", "map@r")]
     for loss, bgaugment in itertools.product(LOSSES, (False, True)):
-        keys = TABLES[title] or [("clean", "map@r")]
         results = [result for result in found.get((dataset, loss, bgaugment), [])
                    if any(key in result.figures for key in keys)]
         paper = PAPER[dataset][loss][bgaugment] if dataset in PAPER else None
@@ -1328,13 +1329,13 @@ def parse_args(argv=None):
     add("--weights", "imagenet, none (random) or a checkpoint file of the backbone")
     add("--image-size", "side of the crops in px; photos: 256/227 of it", type=number(16))
     add("--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
-    add("--workers", "processes that prepare batches; None: 8 for a GPU, else 0", type=number(0))
+    add("--workers", "processes preparing batches; None: up to 8 for a GPU, else 0", type=number(0))
     add("--select", "validation that picks the epoch; None: corrupted with --bgaugment, else clean",
         choices=("clean", "corrupted"))
     add("--fresh", "delete the run's folder and start over", action="store_true")
     add("--test-only", "test the run's best.pt again", action="store_true")
     add("--nmi", "report NMI of the test embeddings too (slow)", action="store_true")
-    add("--report", "print the tables of all runs in RUNS, draw RUNS/report.png", metavar="RUNS")
+    add("--report", "tables and a chart of all runs in RUNS: RUNS/report.md, .png", metavar="RUNS")
     parser.set_defaults(**DEFAULTS["paper"])
     if parser.parse_known_args(argv)[0].dataset == "toy":
         parser.set_defaults(**DEFAULTS["toy"])
@@ -1370,9 +1371,8 @@ def open_run(args):
     run = run_folder(args, args.bgaugment)
     if args.test_only and not (run / "best.pt").exists():
         raise UserError(f"--test-only: no best.pt in {run}; train it first")
-    if args.fresh and not args.test_only and run.exists():
-        shutil.rmtree(run)
-    if not any((run / name).exists() for name in ("last.pt", "best.pt")):  # nothing learned so far
+    kept = any((run / name).exists() for name in ("last.pt", "best.pt", "result.json"))
+    if args.fresh or not kept:
         return run
     try:
         saved = dict(json.loads((run / "config.json").read_text())["args"])
@@ -1425,12 +1425,14 @@ def main(argv=None):
     if args.report:
         return report(Path(args.report))
     run = open_run(args)
-    if (run / "result.json").exists() and not args.test_only:
+    if (run / "result.json").exists() and not (args.test_only or args.fresh):
         print(f"{run} is done; --test-only tests it again, --fresh starts over")
         return print_results(args)
     index = load_index(args.dataset, args.data)
     for part in ("val", "test"):
         list_backgrounds(args.backgrounds, part)  # an error now, not after the training
+    if args.fresh and not args.test_only:
+        shutil.rmtree(run, ignore_errors=True)
     trainer = Trainer(args, index, run)
     if (run / "last.pt").exists():
         trainer.load("last.pt")

@@ -41,12 +41,12 @@ CPU_ROOM, GPU_ROOM, MOST = 2**27, 0.4, 32  # bytes; share of the free memory; im
 EVERY = 60  # seconds between two writes of the scores
 RESAMPLES = 2000  # of the bootstrap
 SANITY = 200  # images
-ANY, ABOUT_ZERO = (-np.inf, np.inf), (-0.05, 0.05)  # the latter is below the paper's least score
-CHECKS = (  # what is found, and the bounds that it must keep
-    ("score", ANY), ("beyond another mask's", ANY),
+ABOUT_ZERO = -0.05, 0.05  # below the paper's least score
+CHECKS = (  # what is found, and the bounds, if any, that it must keep
+    ("score", None), ("beyond another mask's", None),
     ("random weights", ABOUT_ZERO), ("beyond another mask's", ABOUT_ZERO),
     ("mask as map", (1, 1)), ("its complement", (-np.inf, 0)),
-    ("occlusion", ANY), ("background swapped", ANY), ("object swapped", ANY))
+    ("occlusion", None), ("background swapped", None), ("object swapped", None))
 CELL, GAP, TEXT = 216, 6, 17  # px of the figure: four cells are a README's width
 
 
@@ -111,18 +111,19 @@ Run = namedtuple("Run", "folder args images photos best")
 
 def open_run(folder, device="auto"):
     """The Run in `folder`. Raises UserError."""
-    config, best, result = (Path(folder, f) for f in ("config.json", "best.pt", "result.json"))
-    for file in (config, best, result):
+    config, best = Path(folder, "config.json"), Path(folder, "best.pt")
+    for file in (config, best):
         if not file.exists():
-            raise UserError(f"{file}: missing; give folders of finished runs of bgbias.py")
+            raise UserError(f"{file}: missing; train again")
     try:
         saved = json.loads(config.read_text())["args"] | {"device": device, "workers": None}
         args = bgbias.complete(argparse.Namespace(**saved))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
+    try:
         index = bgbias.load_index(args.dataset, args.data)
     except UserError as error:
         raise UserError(f"{config}: {error} (start where the run was trained)") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
     images, masks = bgbias.pick(index, index.split["test"])
     photos = bgbias.Photos(images, masks, args.short_side, args.image_size, keep=False)
     checksum = hashlib.sha256(best.read_bytes()).hexdigest()
@@ -139,8 +140,8 @@ def load_model(run, trained=True):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             model.load_state_dict(saved["model"])
     except Exception as error:  # pickle, zip and torch each raise their own
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{file}: not a checkpoint of {args.backbone} ({reason})") from error
+        reason = f"not a checkpoint of {args.backbone} ({bgbias.brief(error)})"
+        raise UserError(f"{file}: {reason}; train again") from error
     # Nothing is kept for gradients of weights; channels_last is the faster layout, on a CPU too.
     return model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
@@ -154,7 +155,7 @@ def images_per_batch(model, size, device):
     image = COPIES * sum(t.nbytes for pointer, t in kept.items() if pointer not in weights)
     gpu = device.startswith("cuda")
     room = GPU_ROOM * torch.cuda.mem_get_info(device)[0] if gpu else CPU_ROOM
-    return max(1, min(MOST, int(room / image), 2**24 // size**2))  # torch.quantile takes no more
+    return max(1, min(MOST, int(room / image)))
 
 
 def attention_maps(run, rows, model):
@@ -200,7 +201,7 @@ def score_run(run, shard=(1, 1)):
         finally:  # whatever ends it
             write_scores(run, part, scores)
     scores = read_scores(run)  # other shards may have written meanwhile
-    if len(scores) == len(run.images):
+    if len(scores) == len(run.images) and (todo or not (run.folder / "attention.json").exists()):
         write_scores(run, "attention.npz", scores)
         bgbias.write_json(run.folder / "attention.json", summary(scores))
     return scores
@@ -264,8 +265,6 @@ def compare(base, other):
         rng = np.random.default_rng(0)
         means = [rng.choice(gain, len(gain)).mean() for _ in range(RESAMPLES)]
         return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
-
-
 
 
 def table(pairs, scores):
@@ -387,11 +386,12 @@ def check_run(run):
 
 def sanity(pairs, scores):
     """Markdown: CHECKS of each run, with a "no" where one fails."""
-    lines = [f"\n| run | {' | '.join(what for what, _ in CHECKS)} |", "|---" * 10 + "|"]
+    heads = ["run", *(what for what, _ in CHECKS)]
+    lines = [f"\n| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for pair in pairs.values():
         for run in pair.values():
-            cells = [f"{x:.3f}" + " **no**" * (not low <= x <= high)
-                     for x, (_, (low, high)) in zip(check_run(run), CHECKS)]
+            cells = [f"{x:.3f}" + " **no**" * bool(bounds and not bounds[0] <= x <= bounds[1])
+                     for x, (_, bounds) in zip(check_run(run), CHECKS)]
             lines.append(f"| {' | '.join([run.folder.name, *cells])} |")
     for (dataset, *_), pair in pairs.items():
         if dataset == "toy" and len(pair) == 2:  # where the shortcut was planted
@@ -421,8 +421,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: bgbias.STOP.append(True))
-    folders = [run for run in args.runs if not Path(run).is_file()]  # runs/* has logs too
-    pairs = pair_up(open_run(folder, args.device) for folder in folders)
+    finished = [folder for folder in args.runs if Path(folder, "result.json").exists()]
+    if not finished:
+        raise UserError(f"{args.runs[0]}: no finished run; give folders that have a result.json")
+    for folder in args.runs:
+        if folder not in finished and not Path(folder).is_file():  # RUNS/* has files too
+            print(f"{folder}: no finished run, left out")
+    pairs = pair_up(open_run(folder, args.device) for folder in finished)
     runs = [run for pair in pairs.values() for run in pair.values()]
     if args.figure and not (len(pairs) == 1 and len(runs) == 2 and args.figure.suffix == ".png"
                             and args.figure.parent.is_dir()):

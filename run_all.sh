@@ -13,15 +13,15 @@
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
 # The same command again skips what is finished and goes on with what is not. What fails does not
-# stop the rest; it is named at the end, and the exit code is 1. Every variable can be overridden.
+# stop the rest; it is named at the end, and the exit code is 1. DATA, RUNS and FLAGS (more of them
+# for bgbias.py) can be set too, and for mirrors CUB_URL, SOP_URL, PHOTOS_URL, WEIGHTS_URL, file://
+# too, with CUB_MD5, SOP_MD5, PHOTOS_MD5, WEIGHTS_SHA256.
 set -euo pipefail
 shopt -s nullglob
 
-DATA=${DATA:-data} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-42}
+DATA=${DATA:-data} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-42} FLAGS=${FLAGS:-}
 LOSSES=${LOSSES:-contrastive triplet multi_similarity arcface normalized_softmax}
-FLAGS=${FLAGS:-}     # more of them for bgbias.py
-EVERY=${EVERY:-1800} # seconds between two estimates of what is left
-AUTHORS=https://github.com/LSX-UniWue/background-bias-in-dml
+EVERY=${EVERY:-1800}  # seconds between two estimates of what is left
 HUB=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints  # where torch looks first
 
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
@@ -30,20 +30,21 @@ failed() { say "$1: FAILED, $2" && echo "$1: $2" >>"$tmp/failed"; }
 
 # ---- The stages, of a dataset or of a run: $dataset $loss $kind $seed $name ----------------------
 
-data() {  # of bgbias.py's files those that can be had; no checksum is known of the backgrounds
+data() {  # what can be had; no checksum is known of the authors' backgrounds
+    local repository=background-bias-in-dml
     case $dataset in
         cub200) fetch "$DATA/CUB_200_2011" tar md5 "${CUB_MD5-97eceeb196236b17998738112f37df78}" \
             "${CUB_URL:-https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz}" ;;
         sop) fetch "$DATA/Stanford_Online_Products" zip \
             md5 "${SOP_MD5-7f73d41a2f44250d4779881525aea32e}" \
             "${SOP_URL:-ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip}" ;;
-        cars196) [ "$dry" ] ||
-            find "$DATA" -maxdepth 2 -name car_ims -o -name cars_train | grep -q . ||
+        cars196) [ "$dry" ] || [ "$(find -L "$DATA" -maxdepth 2 \
+            \( -name car_ims -o -name cars_train \) -print -quit)" ] ||
             die "nobody serves cars196 any more; put into $DATA/cars196 car_ims/, cars_annos.mat" \
                 "or cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
         unsplash_backgrounds) [[ $FLAGS == *--backgrounds* ]] ||
             fetch "$DATA/$dataset" tar md5 "${PHOTOS_MD5-}" \
-                "${PHOTOS_URL:-$AUTHORS/archive/HEAD.tar.gz}" ;;
+                "${PHOTOS_URL:-https://github.com/LSX-UniWue/$repository/archive/HEAD.tar.gz}" ;;
         bn_inception-*) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
             fetch "$HUB/$dataset" '' sha256 "${WEIGHTS_SHA256-52deb4733}" \
                 "${WEIGHTS_URL:-http://data.lip6.fr/cadene/pretrainedmodels/$dataset}" ;;
@@ -53,7 +54,7 @@ data() {  # of bgbias.py's files those that can be had; no checksum is known of 
 masks() {  # a share for every GPU
     if [ "$dataset" = toy ]; then return; fi
     for ((i = 1; i <= gpus; i++)); do
-        job "masks-${dataset##*/}-$i" \
+        job "masks-$folder-$i" \
             python masks.py --dataset "$dataset" --data "$DATA" --shard "$i/$gpus"
     done
 }
@@ -102,7 +103,7 @@ unpack_zip() { python -m zipfile -e "$1" "$2"; }
 
 job() {  # job NAME COMMAND...: on the next free GPU, with its own log
     if [ "$dry" ]; then echo "${*:2}"; return; fi
-    until read -r -t "$EVERY" gpu <&3; do cost; done
+    until read -r -t "$EVERY" gpu <&3; do cost || true; done
     say "$1: $3 on GPU $gpu, log in $RUNS/$1.log"
     set -m  # a process group of its own, which stop() reaches whole
     (
@@ -118,20 +119,22 @@ stop() { for group in $(jobs -p); do kill -- "-$group" || true; done; wait; exit
 
 cost() {  # what all of it takes, a line a dataset, and from the first epochs on how many hours more
     for set in $datasets; do
+        each=0.25  # GB, of a run of BN-Inception
         case $set in  # GB: photos and masks; a folder's photos are there already
             cars196) size="16,185 images, 2.3" ;; cub200) size="11,788 images, 1.4" ;;
-            sop) size="120,053 images, 4.8" ;; toy) size="3,400 images, 0.1" ;;
-            *) size="$(find "$set/images" -type f | wc -l) images, 0" ;;
+            sop) size="120,053 images, 4.8" ;; toy) size="3,400 images, 0.1" each=0.01 ;;
+            *) size="$(find -L "$set/images" -type f | wc -l) images, 0" ;;
         esac
         runs=0 files=()
         for run in "${all[@]}"; do if [[ $run == "$set "* ]]; then
-            runs=$((runs + 1)) files+=("$RUNS/${run##* }"/{log,result}.json*)
+            runs=$((runs + 1)) files+=("$RUNS/${run##* }"/{log.json[l],result.jso[n]})
         fi; done
-        awk -F '"seconds": |"epochs": ' -v gpus="$gpus" -v runs="$runs" -v what="$set: $size" '
+        awk -F '"seconds": |"epochs": ' -v gpus="$gpus" -v runs="$runs" \
+            -v what="$set: $size GB, and $runs runs of up to $each GB" '
             FILENAME ~ /log.jsonl$/ { seconds += $2; epochs++ }
             /^  "epochs": / { whole += $2; done++ }
             END {
-                printf "%s GB, and %d runs of 0.25 GB, %d left: ", what, runs, runs - done
+                printf "%s, %d left: ", what, runs - done
                 each = done ? whole / done : 16  # the fewest: 15 without a better one
                 if (!epochs) print "hours not known before the first epochs"
                 else printf "%.1f hours left, if a run takes %d epochs of %.1f s\n",
@@ -178,7 +181,7 @@ exec 3<>"$tmp/free"  # holds the free GPUs: a job takes one out and puts it back
 for gpu in $GPUS; do echo "$gpu" >&3; done
 if [ ! "$dry" ]; then
     mkdir -p "$DATA" "$RUNS"
-    cost
+    cost || true
     df -Ph "$DATA" "$RUNS" | awk 'NR > 1 { print $4 " free on " $6 }' | uniq
 fi
 
@@ -194,10 +197,13 @@ for stage in ${stages:-data masks train attention report}; do
     fi
     for item in "${items[@]}"; do
         read -r dataset loss kind seed name <<<"$item"
+        folder=${dataset##*/}
         if [ "$stage" = data ]; then
             set -m; (data) 2>"$tmp/why" & set +m
-            wait $! || failed "data-${dataset##*/}" "$(<"$tmp/why")"
-        elif [ ! "$item" ] || ! grep -Eqs "^(data|masks)-${dataset##*/}[-:]" "$tmp/failed"; then
+            wait $! || failed "data-$folder" "$(<"$tmp/why")"
+        elif [ "$item" ] && grep -Eqs "^(data-$folder|masks-$folder-[0-9]+):" "$tmp/failed"; then
+            say "${name:-$folder}: left out, its data or masks failed"
+        else
             "$stage"
         fi
     done

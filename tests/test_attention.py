@@ -385,7 +385,7 @@ def copy_of(folder, tmp_path):
 
 
 def test_error_no_run(capsys, tmp_path):
-    assert f"{tmp_path / 'config.json'}: missing" in error_of(capsys, tmp_path)
+    assert f"{tmp_path}: no finished run; give" in error_of(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"args": {}}'])
@@ -416,7 +416,14 @@ def test_error_unfinished(capsys, runs, tmp_path):
     """Its best epoch, and so its scores, may still change."""
     copy = copy_of(runs[0], tmp_path)
     (copy / "result.json").unlink()
-    assert f"{copy / 'result.json'}: missing; give folders of fin" in error_of(capsys, copy)
+    assert f"{copy}: no finished run; give folders" in error_of(capsys, copy)
+    ea.main([str(copy), str(runs[0]), "--device", "cpu"])
+    assert capsys.readouterr().out.startswith(f"{copy}: no finished run, left out\n| run |")
+
+
+def test_error_device(capsys, runs):
+    with pytest.raises(bgbias.UserError, match="^--device cuda:99: "):
+        ea.open_run(runs[0], "cuda:99")
 
 
 def test_error_scores(capsys, runs, tmp_path):

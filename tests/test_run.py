@@ -293,6 +293,27 @@ def test_a_wrong_first_command_leaves_nothing(whole, capsys):
         assert not (whole / "runs").exists()
 
 
+def test_a_wrong_fresh_start_deletes_nothing(whole):
+    finish(f"{TINY} --epochs 1")
+    run = whole / "runs/shop-contrastive-base-s42"
+    for flags in ("--backgrounds nope", "--device cuda:99"):
+        with pytest.raises(bgbias.UserError):
+            finish(f"{TINY} --fresh {flags}")
+        assert (run / "result.json").exists()
+    finish(f"{TINY} --epochs 2 --fresh")
+    assert len(log(run)) == 2
+
+
+def test_finished_without_checkpoints_is_still_that_run(whole, capsys):
+    finish(f"{TINY} --epochs 1")
+    for name in ("last.pt", "best.pt"):
+        (whole / "runs/shop-contrastive-base-s42" / name).unlink()
+    finish(f"{TINY} --epochs 1")
+    assert "is done; " in capsys.readouterr().out
+    with pytest.raises(bgbias.UserError, match="begun with --lr"):
+        finish(f"{TINY} --epochs 1 --lr 0.5")
+
+
 def test_interrupted_before_anything_is_learned_takes_other_arguments(whole, monkeypatch):
     def killed(*_):
         raise Killed
