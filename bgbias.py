@@ -973,7 +973,8 @@ class Trainer:
     def __init__(self, args, index, run):
         self.args, self.index, self.run = args, index, run
         torch.manual_seed(mix(args.seed, INIT))
-        weights = "none" if (run / "last.pt").exists() else args.weights  # no download to resume
+        resumes = (run / "last.pt").exists() and not args.fresh
+        weights = "none" if resumes else args.weights  # no download to resume
         self.model = Embedder(args.backbone, weights, args.image_size).to(args.device)
         hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
         groups = [{"params": self.model.parameters(), "lr": args.lr}]
@@ -1386,6 +1387,7 @@ def open_run(args):
 
 
 def write_config(args, run):
+    """Writes config.json: all arguments, git revision, device, versions."""
     git = shutil.which("git") and subprocess.run(
         ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True).stdout.strip()
@@ -1431,9 +1433,9 @@ def main(argv=None):
     index = load_index(args.dataset, args.data)
     for part in ("val", "test"):
         list_backgrounds(args.backgrounds, part)  # an error now, not after the training
+    trainer = Trainer(args, index, run)
     if args.fresh and not args.test_only:
         shutil.rmtree(run, ignore_errors=True)
-    trainer = Trainer(args, index, run)
     if (run / "last.pt").exists():
         trainer.load("last.pt")
     elif not args.test_only:

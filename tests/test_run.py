@@ -296,7 +296,7 @@ def test_a_wrong_first_command_leaves_nothing(whole, capsys):
 def test_a_wrong_fresh_start_deletes_nothing(whole):
     finish(f"{TINY} --epochs 1")
     run = whole / "runs/shop-contrastive-base-s42"
-    for flags in ("--backgrounds nope", "--device cuda:99"):
+    for flags in ("--backgrounds nope", "--device cuda:99", "--backbone nope", "--weights nope"):
         with pytest.raises(bgbias.UserError):
             finish(f"{TINY} --fresh {flags}")
         assert (run / "result.json").exists()
