@@ -487,15 +487,15 @@ def mix(*numbers):
 def loader(batches, args, start=0):
     """Iterates items start, start + 1, ... of `batches`, prepared ahead by --workers processes."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
-    return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, len(batches)), num_workers=args.workers,
-        multiprocessing_context="fork" if fork and args.workers else None,
-        worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
-
-
-def ignore_signals(_):
-    for number in (signal.SIGTERM, signal.SIGINT):  # the parent decides when its workers end
-        signal.signal(number, signal.SIG_IGN)
+    # Workers inherit what is blocked: the parent, which gets the signal too, decides on their end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        return iter(torch.utils.data.DataLoader(
+            batches, batch_size=None, sampler=range(start, len(batches)), num_workers=args.workers,
+            multiprocessing_context="fork" if fork and args.workers else None,
+            pin_memory=args.device.startswith("cuda")))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def unpack(photos):

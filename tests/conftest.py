@@ -18,6 +18,14 @@ def write_image(path, rng, size=(40, 32), mode="RGB"):
     coarse.resize(size, Image.BICUBIC).convert(mode).save(path)
 
 
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The folder of the toy set, drawn once for all tests."""
+    import bgbias
+
+    return bgbias.make_toy(tmp_path_factory.mktemp("data") / "toy")
+
+
 @pytest.fixture
 def shop(tmp_path):
     """tmp_path with shop/images, shop/masks and data/unsplash_backgrounds/{val,test}."""

@@ -211,11 +211,6 @@ def test_broken_image_is_named(tmp_path):
         open_rgb(tmp_path / "a.jpg")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return make_toy(tmp_path_factory.mktemp("data") / "toy")
-
-
 def test_toy_is_whole_and_always_the_same(toy):
     index = load_index("toy", toy.parent)
     assert [len(index.split[part]) for part in ("train", "val", "test")] == [2000, 400, 1000]

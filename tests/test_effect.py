@@ -10,13 +10,13 @@ from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, toy):
     """Test figures of a shortened base and BGAugment run, and of the untrained network."""
     folder = tmp_path_factory.mktemp("effect")
     found = {}
     for name, flags in {"base": [], "bgaugment": ["--bgaugment"],
                         "untrained": ["--epochs", "0", "--runs", "untrained"]}.items():
-        flags = ["--epochs", "6", "--device", "cpu", *flags]
+        flags = ["--epochs", "5", "--device", "cpu", "--data", toy.parent, *flags]
         subprocess.run([sys.executable, ROOT / "bgbias.py", *flags], cwd=folder, check=True)
         kind = "bgaugment" if name == "bgaugment" else "base"
         runs = folder / ("untrained" if name == "untrained" else "runs")

@@ -200,12 +200,13 @@ def test_spread_of_the_draws(finished):
     assert 0 <= scores["clean"]["nmi"] <= 1
 
 
-def test_done_runs_are_not_repeated_and_can_be_tested_again(finished):
+def test_done_runs_are_not_repeated_and_can_be_tested_again(finished, monkeypatch, capsys):
     folder, base, _ = finished
+    monkeypatch.chdir(folder)
     run = folder / "runs/shop-contrastive-base-s42"
     before = (run / "last.pt").stat().st_mtime_ns
-    again = bgbias_py(folder, TINY)
-    assert again.returncode == 0 and "is done" in again.stdout
+    finish(TINY)
+    assert "is done" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").unlink()
     assert bgbias_py(folder, f"{TINY} --test-only --workers 2").returncode == 0
@@ -213,9 +214,9 @@ def test_done_runs_are_not_repeated_and_can_be_tested_again(finished):
     assert (run / "last.pt").stat().st_mtime_ns == before
 
 
-def test_untrained_network(shop):
-    assert bgbias_py(shop, f"{TINY} --epochs 0").returncode == 0
-    result = json.loads((shop / "runs/shop-contrastive-base-s42/result.json").read_text())
+def test_untrained_network(whole):
+    finish(f"{TINY} --epochs 0")
+    result = json.loads((whole / "runs/shop-contrastive-base-s42/result.json").read_text())
     assert result["epochs"] == 0 and 0 <= result["test"]["clean"]["map@r"] <= 1
 
 
@@ -274,13 +275,13 @@ def test_errors_have_no_traceback(shop):
                              "see README, Data\n")
 
 
-def test_damaged_files_are_named(shop):
-    (shop / "shop/images/c0/p0.jpg").write_bytes(b"no photo")
-    failed = bgbias_py(shop, TINY)
-    assert failed.returncode == 2 and "shop/images/c0/p0.jpg" in failed.stderr
-    Image.new("RGB", (40, 32)).save(shop / "shop/images/c0/p0.jpg")
-    Image.new("L", (10, 10)).save(shop / "shop/masks/c8/p3.png")  # a test photo, read by a worker
-    failed = bgbias_py(shop, f"{TINY} --fresh --workers 1")
+def test_damaged_files_are_named(whole):
+    (whole / "shop/images/c0/p0.jpg").write_bytes(b"no photo")
+    with pytest.raises(OSError, match="shop/images/c0/p0.jpg"):  # which command() prints
+        finish(TINY)
+    Image.new("RGB", (40, 32)).save(whole / "shop/images/c0/p0.jpg")
+    Image.new("L", (10, 10)).save(whole / "shop/masks/c8/p3.png")  # a test photo, read by a worker
+    failed = bgbias_py(whole, f"{TINY} --fresh --workers 1")
     assert failed.returncode == 2
     assert failed.stderr == ("bgbias.py: error: shop/masks/c8/p3.png: its size is (10, 10), the photo's is "
                              "(40, 32); delete it and run masks.py\n")
@@ -362,11 +363,10 @@ def test_siblings_with_other_flags_or_damaged(whole, capsys):
     assert "shop-contrastive-base-s42: left out" in out and "contrastive, BGAugment" in out
 
 
-def test_other_arguments_are_refused(finished):
-    folder, _, _ = finished
-    failed = bgbias_py(folder, f"{TINY} --lr 0.5 --iterations 9")
-    assert failed.returncode == 2
-    assert "--iterations 4 (now 9), --lr 1e-06 (now 0.5)" in failed.stderr
+def test_other_arguments_are_refused(finished, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(bgbias.UserError, match=r"--iterations 4 \(now 9\), --lr 1e-06 \(now 0.5\)"):
+        finish(f"{TINY} --lr 0.5 --iterations 9")
 
 
 def test_loss_that_is_not_finite_keeps_the_good_checkpoint(whole, monkeypatch):
