@@ -16,7 +16,7 @@ def results(tmp_path_factory, toy):
     found = {}
     for name, flags in {"base": [], "bgaugment": ["--bgaugment"],
                         "untrained": ["--epochs", "0", "--runs", "untrained"]}.items():
-        flags = ["--epochs", "5", "--device", "cpu", "--data", toy.parent, *flags]
+        flags = ["--epochs", "4", "--device", "cpu", "--data", toy.parent, *flags]
         subprocess.run([sys.executable, ROOT / "bgbias.py", *flags], cwd=folder, check=True)
         kind = "bgaugment" if name == "bgaugment" else "base"
         runs = folder / ("untrained" if name == "untrained" else "runs")
