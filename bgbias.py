@@ -1,28 +1,29 @@
-"""Background bias in deep metric learning: train an image retrieval model, replace the backgrounds
-of its test images, and see how much of the retrieval goes. One script, after Kobs & Hotho, "On
-Background Bias in Deep Metric Learning" (ICMV 2022, arXiv 2210.01615).
+"""Does an image retrieval model look at the object or at the background? This script trains one,
+replaces the backgrounds of its test images, and measures how much of the retrieval is lost. After
+Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
-    python bgbias.py                                # toy data, contrastive loss, about a minute
+    python bgbias.py                                # toy data, contrastive loss, a minute or two
     python bgbias.py --bgaugment                    # the same, backgrounds replaced in training
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
-    python bgbias.py --dataset my_photos --loss triplet                 # my_photos/images/<class>/
-    python bgbias.py --report runs                  # all runs beside the paper's, and a chart
+    python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
+    python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-Every default is the paper's; toy has its own (DEFAULTS). A run lives in
-RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>/: config.json, log.jsonl, last.pt, best.pt and,
-written last, result.json. The same command again resumes it; a run with a result.json is done.
+Every default is the paper's; toy has its own (DEFAULTS). A run lives in the folder
+RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>/ with config.json, log.jsonl, last.pt, best.pt and,
+written last, result.json. The same command goes on with a run that was stopped, after its last
+whole epoch. To start over, delete the run's folder; to test it again, delete its result.json.
 
 The sections below follow the paper:
-    1. constants        splits and hyper-parameters (Section 4; Musgrave et al. 2020)
+    1. constants        splits, hyper-parameters, the paper's results (Section 4)
     2. data             three datasets, a folder of your own, the embedded toy set (Section 4.1)
-    3. views            crops, background replacement, BGAugment (Sections 3 and 5)
+    3. batches          crops, background replacement, BGAugment (Sections 3 and 5)
     4. sampler          m images of each class in a batch (Section 4)
     5. network          BN-Inception + Linear(1024, 128) + L2 normalisation (Section 4)
     6. losses           five of them (Section 4.2)
     7. metrics          MAP@R, R-precision, Recall@K (Section 4.3)
     8. test protocol    clean, replaced, and what a shop would ask (Section 4.3)
-    9. training         epochs, selection, checkpoints, resuming (Section 4)
-   10. report           ours beside the paper's (Sections 4.3 and 5)
+    9. training         epochs, selection, checkpoints (Section 4)
+   10. tables           ours beside the paper's (Sections 4.3 and 5)
    11. command line
 
 Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
@@ -31,6 +32,7 @@ A comment tagged DIFF marks what the authors' code does differently; the README 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -42,14 +44,13 @@ import sys
 import time
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -66,6 +67,7 @@ SPLITS = {
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
 ALIASES = {"stanford_online_products": "sop"}
+POOL = 100  # background photos in each of val/ and test/
 
 # The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper took over.
 # Margins are distances (contrastive), differences of distances (triplet), degrees (arcface);
@@ -108,31 +110,38 @@ HPARAMS = {
     },
 }
 
-# The paper's results, base and BGAugment: test MAP@R in % clean, with replaced backgrounds and its
-# standard deviation over the draws; mean attention score, its standard deviation over the images.
-PAPER = {
-    "cars196": {
-        "arcface": ((16.25, 13.63, 0.08, 0.49, 0.10), (16.19, 16.23, 0.04, 0.56, 0.10)),
-        "contrastive": ((15.22, 13.31, 0.15, 0.50, 0.09), (16.43, 16.31, 0.03, 0.53, 0.10)),
-        "multi_similarity": ((18.80, 16.25, 0.06, 0.52, 0.09), (15.61, 15.48, 0.05, 0.50, 0.09)),
-        "normalized_softmax": ((18.06, 15.36, 0.03, 0.51, 0.09), (18.15, 18.12, 0.05, 0.56, 0.09)),
-        "triplet": ((15.33, 13.40, 0.04, 0.50, 0.09), (15.28, 15.19, 0.05, 0.54, 0.09)),
-    },
-    "cub200": {
-        "arcface": ((20.66, 12.87, 0.16, 0.25, 0.08), (20.91, 17.92, 0.08, 0.33, 0.09)),
-        "contrastive": ((20.27, 12.47, 0.08, 0.25, 0.08), (19.39, 15.46, 0.08, 0.32, 0.10)),
-        "multi_similarity": ((19.19, 12.21, 0.16, 0.26, 0.08), (18.93, 15.65, 0.16, 0.30, 0.09)),
-        "normalized_softmax": ((20.18, 12.41, 0.10, 0.24, 0.08), (20.60, 17.39, 0.10, 0.30, 0.08)),
-        "triplet": ((18.29, 10.94, 0.05, 0.24, 0.08), (18.56, 15.33, 0.16, 0.33, 0.09)),
-    },
-    "sop": {
-        "arcface": ((40.50, 6.98, 0.05, 0.13, 0.14), (22.25, 16.53, 0.05, 0.26, 0.17)),
-        "contrastive": ((37.98, 4.17, 0.05, 0.07, 0.16), (31.52, 24.09, 0.04, 0.31, 0.20)),
-        "multi_similarity": ((39.65, 6.51, 0.06, 0.11, 0.17), (32.67, 24.00, 0.07, 0.28, 0.19)),
-        "normalized_softmax": ((41.52, 7.67, 0.04, 0.12, 0.14), (32.16, 24.60, 0.03, 0.28, 0.20)),
-        "triplet": ((36.71, 6.05, 0.06, 0.08, 0.17), (29.63, 21.39, 0.07, 0.26, 0.22)),
-    },
-}
+Published = namedtuple("Published", "clean replaced replaced_std attention attention_std")
+
+
+def read_paper(text):
+    """{dataset: {loss: {"base": Published, "bgaugment": Published}}}"""
+    tables = defaultdict(dict)
+    for line in text.strip().splitlines():
+        dataset, loss, *numbers = line.split()
+        base, bgaugment = np.array(numbers, float).reshape(2, 5).tolist()
+        tables[dataset][loss] = {"base": Published(*base), "bgaugment": Published(*bgaugment)}
+    return dict(tables)
+
+
+# The paper's results, base and then BGAugment: test MAP@R in %, on clean photos and with replaced
+# backgrounds, its standard deviation over the draws; attention score, its own over the images.
+PAPER = read_paper("""
+cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
+cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
+cars196  multi_similarity    18.80  16.25 0.06  0.52 0.09    15.61  15.48 0.05  0.50 0.09
+cars196  arcface             16.25  13.63 0.08  0.49 0.10    16.19  16.23 0.04  0.56 0.10
+cars196  normalized_softmax  18.06  15.36 0.03  0.51 0.09    18.15  18.12 0.05  0.56 0.09
+cub200   contrastive         20.27  12.47 0.08  0.25 0.08    19.39  15.46 0.08  0.32 0.10
+cub200   triplet             18.29  10.94 0.05  0.24 0.08    18.56  15.33 0.16  0.33 0.09
+cub200   multi_similarity    19.19  12.21 0.16  0.26 0.08    18.93  15.65 0.16  0.30 0.09
+cub200   arcface             20.66  12.87 0.16  0.25 0.08    20.91  17.92 0.08  0.33 0.09
+cub200   normalized_softmax  20.18  12.41 0.10  0.24 0.08    20.60  17.39 0.10  0.30 0.08
+sop      contrastive         37.98   4.17 0.05  0.07 0.16    31.52  24.09 0.04  0.31 0.20
+sop      triplet             36.71   6.05 0.06  0.08 0.17    29.63  21.39 0.07  0.26 0.22
+sop      multi_similarity    39.65   6.51 0.06  0.11 0.17    32.67  24.00 0.07  0.28 0.19
+sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  0.26 0.17
+sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
+""")
 
 DEFAULTS = {  # of the flags whose default depends on the dataset
     "paper": dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
@@ -142,13 +151,15 @@ DEFAULTS = {  # of the flags whose default depends on the dataset
 }
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
-SHORT_SIDE = 256 / 227  # short side of a photo before cropping, in units of the crop
+SHORT_SIDE = 256 / 227  # a photo's short side before it is cropped, for a crop of side 1
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResizedCrop, Section 4
-DRAWS = 5  # random draws of backgrounds at test time; validation draws once an epoch
-RECALL_AT = {"sop": (1, 10, 100, 1000)}  # else 1, 2, 4, 8
-CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
-GROUP = 32  # of the search for the nearest neighbours
-EVAL_BATCH = 64  # part of the seed of the evaluation's backgrounds: not a flag
+DRAWS = 5  # draws of random backgrounds at test time; validation draws once an epoch
+RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; of all others 1, 2, 4, 8
+EVAL_BATCH = 32  # photos; no figure depends on it
+
+# What a random number is for is a part of its seed. Nothing depends on what was drawn before, so a
+# run that goes on after a stop needs no random state.
+INIT, TRAIN, VAL, TEST, DROPOUT = range(5)
 
 # Network input: channel order, mean, standard deviation, for pixels in [0, 255].
 BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
@@ -161,17 +172,17 @@ class UserError(Exception):
     """Something the user can mend: one line on stderr, exit code 2."""
 
 
-class Stopped(Exception):
-    """SIGTERM came; raised where the training state is whole."""
+def one_line(error):
+    return " ".join(str(error).split())[:150] or repr(error)
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
 
-# Per image: path, mask path, label; `split` maps train, val, test to their image indices.
-Index = namedtuple("Index", "images masks labels split")
+Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 
-PHOTO = (".jpg", ".jpeg", ".png", ".webp")
-MARKS = {  # what is looked for under DATA; its parent is the dataset's root
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Any of these under DATA shows where the dataset is: the folder that holds it is its root.
+PLACES = {
     "cars196": ("car_ims", "cars196/car_ims", "cars_train", "cars196/cars_train",
                 "stanford_cars/cars_train"),
     "cub200": ("CUB_200_2011/images", "cub200/CUB_200_2011/images"),
@@ -184,11 +195,11 @@ def dataset_root(dataset, data):
     """The folder of `dataset`: a named one under `data`, or the user's own. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
-    for mark in MARKS.get(dataset, ()):
-        if Path(data, mark).exists():
-            return Path(data, mark).parent
-    if dataset in MARKS:
-        looked = ", ".join(MARKS[dataset])
+    if dataset in PLACES:
+        for place in PLACES[dataset]:
+            if Path(data, place).exists():
+                return Path(data, place).parent
+        looked = ", ".join(PLACES[dataset])
         raise UserError(f"--data {data}: no {dataset} in it, looked for {looked}; see README, Data")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: neither {', '.join(SPLITS)} nor a folder with "
@@ -196,7 +207,7 @@ def dataset_root(dataset, data):
     return Path(dataset)
 
 
-def need(file, read):
+def read_list(file, read):
     """read(file) of a dataset's list. Raises UserError if it is missing or broken."""
     if not file.exists():
         raise UserError(f"{file}: missing list; see README, Data")
@@ -210,16 +221,19 @@ def list_cars196(root):
     """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
     from scipy.io import loadmat
 
+    test = "cars_test_annos_withlabels.mat"  # not part of the devkit: beside it or put into it
+    test = test if (root / test).exists() else f"devkit/{test}"
+    lists = [("devkit/cars_train_annos.mat", "cars_train", "fname"), (test, "cars_test", "fname")]
     if (root / "car_ims").is_dir():
         lists = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # not part of the devkit: beside it or put into it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        lists = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    return [item for file, folder, field in lists for item in need(root / file, lambda file: [
-        (root / folder / row[field], int(row["class"]) - 1)
-        for row in loadmat(file, simplify_cells=True)["annotations"]])]
+    listed = []
+    for file, folder, field in lists:
+        def read(file):
+            rows = loadmat(file, simplify_cells=True)["annotations"]
+            return [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
+
+        listed += read_list(root / file, read)
+    return listed
 
 
 def list_sop(root):
@@ -228,26 +242,31 @@ def list_sop(root):
         rows = (line.split() for line in file.read_text().splitlines()[1:])
         return [(root / path, int(label) - 1) for _, label, _, path in rows]
 
-    return need(root / "Ebay_train.txt", read) + need(root / "Ebay_test.txt", read)
+    return read_list(root / "Ebay_train.txt", read) + read_list(root / "Ebay_test.txt", read)
 
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, classes and photos sorted by name."""
-    classes = [sorted(photos(folder)) for folder in sorted((root / "images").iterdir())]
-    return [(photo, label) for label, own in enumerate(filter(None, classes)) for photo in own]
+    folders = sorted(folder for folder in (root / "images").glob("[!.]*") if folder.is_dir())
+    classes = [photos for photos in map(list_photos, folders) if photos]
+    return [(photo, label) for label, photos in enumerate(classes) for photo in photos]
 
 
-def photos(folder):
-    return (p for p in folder.glob("*") if p.suffix.lower() in PHOTO)
+def list_photos(folder):
+    """Sorted paths of the photos in a folder; what begins with a dot is none."""
+    return sorted(path for path in folder.glob("[!.]*")
+                  if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
 
 
 def mask_path(root, image):
     """The one rule: the mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
     parts = image.relative_to(root).parts
-    return Path(root, "masks", *parts[parts[0] == "images":]).with_suffix(".png")
+    if parts[0] == "images":
+        parts = parts[1:]
+    return Path(root, "masks", *parts).with_suffix(".png")
 
 
-def split_ranges(dataset, classes):
+def split_classes(dataset, classes):
     """{part: range of labels}; a user's folder is split 74 : 24 : 98, as Cars196."""
     if dataset in SPLITS:
         return SPLITS[dataset]
@@ -256,32 +275,35 @@ def split_ranges(dataset, classes):
     return {"train": range(train), "val": range(train, val), "test": range(val, classes)}
 
 
-def load_index(dataset, data="data", need_masks=True):
-    """The Index of a dataset, its files checked to be there. Raises UserError naming what lacks."""
+def load_splits(dataset, data="data", *, need_masks=True):
+    """{"train": Split, "val": Split, "test": Split} of a dataset, its files checked to be there.
+    Raises UserError naming what lacks. Section 4.1."""
     root = dataset_root(dataset, data)
-    items = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
-    images, labels = [path for path, _ in items], np.array([label for _, label in items])
-    masks = [mask_path(root, path) for path in images]
-    ranges = split_ranges(dataset, len(np.unique(labels)))
-    split = {part: np.flatnonzero(np.isin(labels, own)) for part, own in ranges.items()}
-    check_counts(dataset, root, labels, split)
-    twice = [path for path, n in Counter(masks).items() if n > 1]
-    if twice:
-        raise UserError(f"{twice[0]}: would be the mask of two photos; rename one of them")
-    check_files(images, "image", f"unpack {root} again")
-    if need_masks:
-        check_files(masks, "mask", f"run: python masks.py --dataset {dataset} --data {data}")
-    return Index(images, masks, labels, split)
-
-
-def check_counts(dataset, root, labels, split):
-    counts = len(labels), len(split["test"])
+    listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
+    labels = np.array([label for _, label in listed], dtype=int)
+    splits = {}
+    for part, classes in split_classes(dataset, len(np.unique(labels))).items():
+        rows = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+        images = [listed[row][0] for row in rows]
+        masks = [mask_path(root, image) for image in images]
+        splits[part] = Split(images, masks, labels[rows])
+    images = [path for split in splits.values() for path in split.images]
+    masks = [path for split in splits.values() for path in split.masks]
+    counts = len(images), len(splits["test"].images)
     if counts != COUNTS.get(dataset, counts):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} for testing, instead of "
                         "{:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
-    for part, rows in split.items():
-        if np.bincount(labels[rows], minlength=1).max() < 2:
-            raise UserError(f"{root}: no class with two photos for {part}; add classes or photos")
+    for part, split in splits.items():
+        if np.bincount(split.labels, minlength=1).max() < 2:
+            raise UserError(f"{root}: no class with two photos for {part}; it takes three folders "
+                            f"{root}/images/<class>/ of photos at least")
+    mask, photos = Counter(masks).most_common(1)[0]
+    if photos > 1:
+        raise UserError(f"{mask}: would be the mask of two photos; rename one of them")
+    check_files(images, "image", f"unpack {root} again")
+    if need_masks:
+        check_files(masks, "mask", f"run: python masks.py --dataset {dataset} --data {data}")
+    return splits
 
 
 def check_files(paths, what, remedy):
@@ -297,25 +319,28 @@ def open_rgb(path):
         if image.mode.startswith("I"):  # PIL clips 16 bits at 255 where it should divide
             image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: no readable image ({error}); replace or remove it") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
+        reason = one_line(error)
+        raise UserError(f"{path}: no readable image ({reason}); replace or remove it") from error
 
 
 def list_backgrounds(folder, part):
     """Sorted paths of the pool FOLDER/val or FOLDER/test. Raises UserError."""
     # DIFF: backgrounds are sorted by name; in file-system order a seed would not fix the draws.
-    pool = Path(folder, part)
-    if not (paths := sorted(photos(pool))):
-        raise UserError(f"--backgrounds {folder}: no photos in {pool}; see README, Data")
-    return paths
+    pool = list_photos(Path(folder, part))
+    if not pool:
+        raise UserError(f"--backgrounds {folder}: no photos in {Path(folder, part)}; see README, "
+                        "Data")
+    return pool
 
 
-# The toy set: products with a class's own pattern, photographed by a seller before the seller's own
-# backdrop. Written once, in the layout of a user's own folder, so all other code is the same.
+# The toy set. Each class is one product (a random pattern) that one seller photographs, nearly
+# always in front of the same backdrop. So the backdrop predicts the class: the bias we want to see.
+# It is written once, in the layout of a user's own folder, so that all other code is the same.
 
 
 def toy_texture(seed, size):
-    """A procedural backdrop, a PIL image: squashed waves between two colours."""
+    """A backdrop, (size, size) PIL image: distorted waves between two random colours."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / 64
     waves = rng.uniform([-3, -3, 0, 0.3], [3, 3, 1, 1], (3, 4))
@@ -326,8 +351,9 @@ def toy_texture(seed, size):
 
 
 def toy_class(rng, photos=20, size=54, share=0.95):
-    """Yields (photo, mask), PIL images, of one class: its pattern (two colours on a symmetric 5 x 5
-    grid) under random scale, rotation, shift and light, mostly before its seller's backdrop."""
+    """Yields (photo, mask), PIL images, of one class: two colours on a symmetric 5 x 5 grid, in
+    random scale, rotation, position and light, with probability `share` on its seller's backdrop.
+    """
     half = rng.random((5, 3)) < 0.5
     grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
     tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
@@ -340,50 +366,53 @@ def toy_class(rng, photos=20, size=54, share=0.95):
         side = int(size * rng.uniform(0.5, 0.8))
         product = tile.resize((side, side), Image.NEAREST)
         product = product.rotate(rng.uniform(-30, 30), Image.BICUBIC, expand=True)
-        at = tuple(int((size - n) * rng.random()) for n in product.size)
+        corner = tuple(int((size - n) * rng.random()) for n in product.size)
         mask = Image.new("L", photo.size)
-        mask.paste(product.getchannel("A"), at)
-        photo.paste(product, at, product)
+        mask.paste(product.getchannel("A"), corner)
+        photo.paste(product, corner, product)
         light = np.asarray(photo) * rng.uniform(0.75, 1.2) * rng.uniform(0.9, 1.1, 3)
         yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
 
 
 def make_toy(root, seed=2022):
-    """Writes the toy set to `root`, whole or not at all; returns it. The same every time, 10 s."""
+    """Writes the toy set to `root`, unless it is there, and returns `root`. It is the same every
+    time, takes 10 s, and is there as a whole or not at all. Raises UserError."""
     if root.exists():
         return root
     draft = root.with_name(f"{root.name}.tmp{os.getpid()}")
     try:
         for label in range(SPLITS["toy"]["test"].stop):
-            folders = [draft / kind / f"{label:03d}" for kind in ("images", "masks")]
-            for folder in folders:
-                folder.mkdir(parents=True)
-            for i, pair in enumerate(toy_class(np.random.default_rng([seed, label]))):
-                for folder, image in zip(folders, pair):
-                    image.save(folder / f"{i:02d}.png")
-        for k, part in enumerate(("val", "test")):
-            (draft / "backgrounds" / part).mkdir(parents=True)
-            for i in range(100):
-                toy_texture([seed, k, i, 1], 80).save(draft / "backgrounds" / part / f"{i:02d}.png")
+            photos, masks = draft / f"images/{label:03d}", draft / f"masks/{label:03d}"
+            photos.mkdir(parents=True)
+            masks.mkdir(parents=True)
+            for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
+                photo.save(photos / f"{i:02d}.png")
+                mask.save(masks / f"{i:02d}.png")
+        for number, part in enumerate(("val", "test")):
+            pool = draft / "backgrounds" / part
+            pool.mkdir(parents=True)
+            for i in range(POOL):
+                toy_texture([seed, number, i, 1], 80).save(pool / f"{i:02d}.png")
         draft.rename(root)
-    except OSError:
+    except OSError as error:
         if not root.exists():  # else another run was faster
-            raise
+            raise UserError(f"{root}: could not be written ({error}); make room, or give another "
+                            "--data") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return root
 
 
-# ---- 3. Views: decoding once, crops, background replacement --------------------------------------
+# ---- 3. Batches: decoding once, crops, background replacement ------------------------------------
 
 
 class Photos(torch.utils.data.Dataset):
     """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), short side resized to
-    `short`, centre-cropped to `crop` if given. One tensor, so that every later crop and flip is the
-    same for both. `masks` None: (3, H, W). Decoded once and kept, if `keep` and memory allow."""
+    `short`. One tensor, so that every later crop and flip is the same for both. `masks` None:
+    (3, H, W). With `keep`, all are decoded now and stay in memory, if it is large enough."""
 
-    def __init__(self, images, masks, short, crop=None, keep=True):
-        self.images, self.masks, self.short, self.crop = images, masks, short, crop
+    def __init__(self, images, masks, short, *, keep=True):
+        self.images, self.masks, self.short = images, masks, short
         self.kept = None
         if keep and self.fits():
             # DIFF: photos are resized once a run; the authors do it at every use, to the same end.
@@ -404,14 +433,13 @@ class Photos(torch.utils.data.Dataset):
             if planes[0].size != planes[1].size:
                 raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
                                 f"{planes[0].size}; delete it and run masks.py")
-        photo = torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short)) for plane in planes])
-        return TF.center_crop(photo, self.crop).clone() if self.crop else photo
+        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short)) for plane in planes])
 
     def fits(self):
         """Whether all of it, decoded, fits in four fifths of the free memory; says so if not."""
-        sizes = [Image.open(path).size for path in self.images[:: len(self) // 64 + 1]]
-        aspect = 1 if self.crop else np.mean([max(size) / min(size) for size in sizes])
-        needed, free = len(self) * 4 * (self.crop or self.short) ** 2 * aspect, free_memory()
+        some = range(0, len(self), len(self) // 16 + 1)
+        needed = len(self) * np.mean([self.decode(i).nbytes for i in some])
+        free = free_memory()
         if needed > 0.8 * free:
             print(f"{len(self):,} photos, {needed / 2**30:.1f} GiB decoded, do not fit in the "
                   f"{free / 2**30:.1f} GiB free: decoding at every use instead (--workers helps)")
@@ -424,78 +452,104 @@ def cpus():
 
 
 def free_memory():
-    """Bytes that can be had: what Linux and the control groups (version 2) of a container or of a
-    scheduler's job leave; elsewhere half of all."""
+    """Bytes that Linux says can be had; elsewhere half of the machine's."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
-    except (OSError, IndexError):
-        return free
-    group = Path(f"/sys/fs/cgroup{own}")
-    for folder in (group, *group.parents):
-        try:  # used includes file caches: careful rather than killed
-            limit, used = (int((folder / name).read_text())
-                           for name in ("memory.max", "memory.current"))
-            free = min(free, limit - used)
-        except (OSError, ValueError):  # no limit here
-            pass
-    return free
+
+
+def short_side(crop):
+    """The short side, in px, to which a photo is resized before a crop of that size is taken."""
+    return round(SHORT_SIDE * crop)
 
 
 def random_view(photo, size):
     """The training transform, RandomResizedCrop and flip: (., H, W) uint8 -> (., S, S) uint8."""
+    # DIFF: crops are resized as uint8 tensors, the authors' as PIL images: one level off at most.
     box = torchvision.transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO)
     view = TF.resized_crop(photo, *box, [size, size], antialias=True)
     return TF.hflip(view) if torch.rand(()) < FLIP else view
 
 
-class Batches(torch.utils.data.Dataset):
-    """Item b: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), uint8, of the b-th index list.
-
-    In training the photos are cropped at random. Backgrounds are drawn with replacement from `pool`
-    and always take the training transform, in evaluation too (Section 4).
-    """
-
-    def __init__(self, photos, lists, size, train, pool, draws, seed):
-        self.photos, self.lists, self.size, self.train = photos, lists, size, train
-        self.pool, self.draws, self.seed = pool, draws, seed
-
-    def __len__(self):
-        return len(self.lists)
-
-    def __getitem__(self, b):
-        # DIFF: random numbers are a function of (seed, epoch, batch), so resuming changes none.
-        torch.manual_seed(mix(*self.seed, b))
-        photos = [self.photos[i] for i in self.lists[b]]
-        if self.train:
-            photos = [random_view(photo, self.size) for photo in photos]
-        picks = torch.randint(len(self.pool) or 1, (self.draws, len(photos)))
-        drawn = [random_view(self.pool[i], self.size) for i in picks.flatten()]
-        shape = (*picks.shape, 3, self.size, self.size)
-        return torch.stack(photos), torch.cat(drawn).view(shape) if drawn else torch.empty(shape)
-
-
-def mix(*numbers):
+def seed_of(*numbers):
     """One 64-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def loader(batches, args, start=0):
-    """Iterates items start, start + 1, ... of `batches`, prepared ahead by --workers processes."""
+class Batches(torch.utils.data.Dataset):
+    """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and the photos'
+    indices (B,).
+
+    Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
+    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; after the last
+    photo it begins again, so that items go on from epoch to epoch. Backgrounds are drawn with
+    replacement from `pool` and always take the training transform, in evaluation too (Section 4).
+    """
+
+    def __init__(self, *, photos, size, seed, sampler=None, pool=(), draws=0):
+        self.photos, self.size, self.seed = photos, size, seed
+        self.sampler, self.pool, self.draws = sampler, pool, draws
+        self.items_a_pass = math.ceil(len(photos) / EVAL_BATCH)
+
+    def plan(self, n):
+        """[(index of a photo, seed of its random numbers)] of item n."""
+        # DIFF: a batch is a function of the seed and its number, so a resumed run repeats none.
+        if self.sampler:
+            indices = self.sampler.batch((*self.seed, n))
+            return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
+        epoch, item = divmod(n, self.items_a_pass)
+        indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
+        return [(index, (*self.seed, epoch, index)) for index in indices]
+
+    def __getitem__(self, n):
+        plan, square = self.plan(n), (self.size, self.size)
+        photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
+        backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
+        for k, (index, seed) in enumerate(plan):
+            torch.manual_seed(seed_of(*seed))
+            photo = self.photos[index]
+            photos[k] = (random_view(photo, self.size) if self.sampler
+                         else TF.center_crop(photo, self.size))
+            for draw in range(self.draws):
+                chosen = int(torch.randint(len(self.pool), ()))
+                backgrounds[draw, k] = random_view(self.pool[chosen], self.size)
+        item = photos, backgrounds, torch.tensor([index for index, _ in plan])
+        if torch.utils.data.get_worker_info():
+            share(item)
+        return item
+
+
+def share(tensors):
+    """Moves them to /dev/shm, through which a worker hands them over. DataLoader would do that in a
+    thread whose errors nobody sees, and the run would wait for ever. Raises UserError."""
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise UserError(f"--workers: no room in /dev/shm ({one_line(error)}); use fewer or 0, or "
+                        "give the container more (docker run --shm-size=2g)") from error
+
+
+def loader(batches, args, items):
+    """Iterates those items (a range) of `batches`, prepared ahead by --workers processes. Raises
+    UserError if they cannot be started."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
-    # Workers inherit what is blocked: the parent, which gets the signal too, decides on their end.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         return iter(torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=range(start, len(batches)), num_workers=args.workers,
+            batches, batch_size=None, sampler=items, num_workers=args.workers,
             multiprocessing_context="fork" if fork and args.workers else None,
-            pin_memory=args.device.startswith("cuda")))
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+            worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")))
+    except OSError as error:
+        raise UserError(f"--workers {args.workers}: {error}; use fewer, or 0") from error
+
+
+def quiet_worker(worker):
+    """Ctrl-C reaches the workers too, but it is for the main process to end them and to say so. What
+    goes wrong in a worker reaches the main process as an exception, without its stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
 
 
 def unpack(photos):
@@ -508,45 +562,43 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-def conditions(photos, backgrounds, model, everything=False):
-    """Yields (name, network input (B, 3, S, S)) of a Batches item: clean, replaced_0, ...
-    and, with `everything`, object_only and background_only, the other part in the mean colour."""
-    images, masks = unpack(photos)
-    yield "clean", model.normalise(images)
-    for draw, drawn in enumerate(backgrounds.float()):
-        yield f"replaced_{draw}", model.normalise(replace_background(images, masks, drawn))
-    if everything:
-        mean = model.mean_colour.expand_as(images)
-        yield "object_only", model.normalise(replace_background(images, masks, mean))
-        yield "background_only", model.normalise(replace_background(images, 1 - masks, mean))
+def views(images, masks, backgrounds, *, extra):
+    """Yields (condition, its versions of the images, one a draw of backgrounds): clean, replaced
+    and, with `extra`, object_only and background_only, where the other part has the mean colour.
+
+    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) are normalised as the network wants it,
+    which makes the mean colour 0; masks (B, 1, S, S).
+    """
+    yield "clean", [images]
+    yield "replaced", [replace_background(images, masks, drawn) for drawn in backgrounds]
+    if extra:
+        yield "object_only", [replace_background(images, masks, 0)]
+        yield "background_only", [replace_background(images, 1 - masks, 0)]
 
 
 # ---- 4. Sampler ----------------------------------------------------------------------------------
 
 
 class MPerClassSampler:
-    """Iterates `batches` lists of `batch_size` indices into `labels`: batch_size / m distinct
-    classes, m images of each, without replacement unless the class has fewer. The same seed (one
-    number or several) gives the same lists. Raises ValueError if there are too few classes."""
+    """Batches of `batch_size` indices into `labels`: batch_size / m distinct classes, m images of
+    each, without replacement unless the class has fewer. Raises ValueError if there are too few
+    classes. Section 4."""
 
-    def __init__(self, labels, m, batch_size, batches, seed):
+    def __init__(self, labels, m, batch_size):
         labels = np.asarray(labels)
-        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        self.m, self.batch_size, self.batches, self.seed = m, batch_size, batches, seed
-        if batch_size % m or batch_size // m > len(self.members):
-            raise ValueError(f"no {batch_size} images, {m} each, from {len(self.members)} classes")
+        self.classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self.m, self.batch_size = m, batch_size
+        if batch_size % m or batch_size // m > len(self.classes):
+            raise ValueError(f"no {batch_size} images, {m} each, from {len(self.classes)} classes")
 
-    def __len__(self):
-        return self.batches
-
-    def __iter__(self):
-        rng = np.random.default_rng(self.seed)
-        for _ in range(self.batches):
-            batch = []
-            for c in rng.choice(len(self.members), self.batch_size // self.m, replace=False):
-                own = self.members[c]
-                batch += rng.choice(own, self.m, replace=len(own) < self.m).tolist()
-            yield batch
+    def batch(self, seed):
+        """A list of indices, the same for the same seed (an int or a tuple of ints)."""
+        rng = np.random.default_rng(seed)
+        indices = []
+        for c in rng.choice(len(self.classes), self.batch_size // self.m, replace=False):
+            images = self.classes[c]
+            indices += rng.choice(images, self.m, replace=len(images) < self.m).tolist()
+        return indices
 
 
 def images_per_class(loss, batch_size, classes):
@@ -577,7 +629,8 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 
 
 def conv(width, out, kernel, stride=1):
-    """A padded convolution that, untrained, keeps the scale: no BatchNorm here does (Section 4)."""
+    """A padded convolution. Kaiming initialisation, because BatchNorm is frozen: nothing else keeps
+    an untrained network's activations in range."""
     layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
     nn.init.kaiming_normal_(layer.weight)
     return layer
@@ -617,8 +670,8 @@ class BNInception(nn.Module):
         _, one, _, _, pool, projection = BLOCKS[block]
         name = f"inception_{block}"
         stride, padding = (1, 1) if one else (2, 0)
-        pooling = F.avg_pool2d if pool == "avg" else F.max_pool2d
-        pooled = pooling(x, 3, stride, padding, ceil_mode=True)
+        pool2d = F.avg_pool2d if pool == "avg" else F.max_pool2d
+        pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
         branches = [self.branch(x, f"{name}_1x1")] if one else []
         branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
         double = ("reduce", "1", "2")
@@ -645,15 +698,22 @@ def smallconv():
 
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). Raises UserError."""
-    if name in ("bninception", "smallconv"):
-        network = BNInception() if name == "bninception" else smallconv()
-        if name == "smallconv" and weights == "imagenet":
-            raise UserError("--weights imagenet: smallconv has none; use --weights none")
-        if weights != "none":
-            load_weights(network, name, weights)
-        return network
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    if name == "bninception":
+        network = BNInception()
+    elif name == "smallconv":
+        network = smallconv()
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        return torchvision_backbone(name, weights)
+    else:
         raise UserError(f"--backbone {name}: not bninception, smallconv or in torchvision.models")
+    if name == "smallconv" and weights == "imagenet":
+        raise UserError("--weights imagenet: smallconv has none; use --weights none")
+    if weights != "none":
+        load_weights(network, name, weights)
+    return network
+
+
+def torchvision_backbone(name, weights):
     try:
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
@@ -663,10 +723,10 @@ def build_backbone(name, weights):
         load_weights(network, name, weights)
     network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
     network.transform_input = True  # and rescale the input as their ImageNet weights want it
-    classifier = [n for n, layer in network.named_modules()
-                  if 1000 in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, name = classifier[-1].rpartition(".")
-    setattr(network.get_submodule(parent), name, nn.Identity())
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
     return network
 
 
@@ -679,20 +739,17 @@ def load_weights(network, name, weights):
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        if name == "bninception":  # has no ImageNet classifier
+        if name == "bninception":  # the file has an ImageNet classifier, ours has none
             state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
         network.load_state_dict(state)
     except Exception as error:  # urllib, zip, pickle and torch each raise their own
-        raise UserError(f"--weights {weights}: {brief(error)}; {remedy}") from error
-
-
-def brief(error):
-    return " ".join(str(error).split())[:150]
+        raise UserError(f"--weights {weights}: {one_line(error)}; {remedy}") from error
 
 
 class Embedder(nn.Module):
     """Backbone, Linear(features, 128), L2 norm: (B, 3, S, S) normalised -> (B, 128), unit length.
-    Raises UserError for unknown backbones, wrong weights, sizes the backbone does not take."""
+    Raises UserError for unknown backbones, wrong weights, sizes the backbone does not take.
+    Section 4."""
 
     def __init__(self, backbone, weights, size):
         super().__init__()
@@ -708,20 +765,16 @@ class Embedder(nn.Module):
         self.head = nn.Linear(features, EMBEDDING)
 
     def normalise(self, images):
-        """(B, 3, H, W) RGB in [0, 255] -> the backbone's input."""
-        return (images[:, self.order] - self.mean) / self.std
-
-    @property
-    def mean_colour(self):
-        """(3, 1, 1) RGB, what normalise() maps to zero."""
-        return self.mean[self.order]  # the order is its own inverse
+        """(..., 3, H, W) RGB in [0, 255] -> the backbone's input."""
+        return (images[..., self.order, :, :] - self.mean) / self.std
 
     def forward(self, x):
         return F.normalize(self.head(self.backbone(x)), dim=1)
 
     def train(self, mode=True):
         super().train(mode)
-        for module in self.modules():  # the statistics stay ImageNet's; the affine weights do train
+        # BatchNorm keeps ImageNet's statistics; only its affine weights train.
+        for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
@@ -751,13 +804,15 @@ def distances(embeddings):
 
 def contrastive(embeddings, labels, weight=None, *, pos_margin, neg_margin):
     """nzmean_pos [d - pos_margin]+ + nzmean_neg [neg_margin - d]+  (Hadsell et al. 2006)"""
-    d, (pos, neg) = distances(embeddings), pairs(labels)
+    d = distances(embeddings)
+    pos, neg = pairs(labels)
     return nzmean(F.relu(d[pos] - pos_margin)) + nzmean(F.relu(neg_margin - d[neg]))
 
 
 def triplet(embeddings, labels, weight=None, *, margin):
     """nzmean_(a,p,n) [d_ap - d_an + margin]+ over all triplets  (Weinberger & Saul 2009)"""
-    d, (pos, neg) = distances(embeddings), pairs(labels)
+    d = distances(embeddings)
+    pos, neg = pairs(labels)
     triplets = pos[:, :, None] & neg[:, None, :]  # (B, B, B): anchor, positive, negative
     return nzmean(F.relu(d[:, :, None] - d[:, None, :] + margin)[triplets])
 
@@ -765,9 +820,10 @@ def triplet(embeddings, labels, weight=None, *, margin):
 def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
     """mean_a log(1 + sum_p exp(alpha (base - s_ap))) / alpha
             + log(1 + sum_n exp(beta (s_an - base))) / beta  (Wang et al. 2019, without miner)"""
-    s, (pos, neg) = embeddings @ embeddings.T, pairs(labels)
+    s = embeddings @ embeddings.T
+    pos, neg = pairs(labels)
 
-    def log1p_sum_exp(terms, chosen):  # the zero padded on is the 1 +
+    def log1p_sum_exp(terms, chosen):  # log(1 + sum exp x) is the logsumexp of x and a 0
         return F.pad(terms.masked_fill(~chosen, -math.inf), (1, 0)).logsumexp(dim=1)
 
     attract = log1p_sum_exp(alpha * (base - s), pos) / alpha
@@ -803,6 +859,8 @@ LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": mu
 
 # ---- 7. Metrics ----------------------------------------------------------------------------------
 
+GROUP = 32  # of largest()
+
 
 @torch.no_grad()
 def retrieval_metrics(embeddings, labels, ks, gallery=None):
@@ -811,64 +869,56 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
     `gallery` (N, D), other embeddings of the same items, it queries those; its own never counts. R
     is the number of other items with the query's label; queries with R = 0 are left out. Raises
-    ValueError if that leaves none, FloatingPointError on nan or inf. Section 4.3. Works in chunks:
-    memory does not grow with N squared.
+    ValueError if that leaves none, FloatingPointError on nan or inf. Section 4.3.
+
+    All three are one quantity, the rank of the i-th nearest right item: i plus the number of wrong
+    items that are at most as far. MAP@R = sum_i [rank_i <= R] i / rank_i / R, R-precision =
+    sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]. Memory does not grow with N squared.
     """
+    # DIFF: a query's own item is always removed; older releases of their library drop a first hit.
     # DIFF: of equally near items the wrong come first; in the authors' library the order decides.
-    # An embedding that maps everything to one point scores 0 so, whatever the order of the files.
+    # So an embedding that maps everything to one point scores 0, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
-    _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
-    members, first = labels.argsort(), counts.cumsum(0) - counts  # items by label; its first
-    others = counts[labels] - 1  # (N,) R of every item
-    queries = others.argsort()[(others == 0).sum():]  # those of similar R share a chunk
-    if len(queries) == 0:
-        raise ValueError("no label occurs twice, so there is nothing to retrieve")
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings are not finite")
+    order = labels.argsort(stable=True)  # a class is now a range of columns of the gallery
+    _, sizes = labels[order].unique_consecutive(return_counts=True)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first column of the class
+    others = sizes.repeat_interleave(sizes) - 1  # (N,) R
+    center = gallery.mean(dim=0)  # distances stay, but float32 keeps more of their digits
+    # With a dimension more, an inner product orders the items: q . g - |g|^2 / 2, the larger the
+    # nearer. The gallery is padded, for largest(), with items that are nobody's neighbour.
+    queries = F.pad(embeddings[order] - center, (0, 1), value=1)
+    columns = F.pad(gallery[order] - center, (0, 1, 0, -len(gallery) % GROUP))
+    columns[:, -1] = columns.square().sum(dim=1) / -2
+    columns[len(gallery):, -1] = -math.inf
+    chunk = gallery.new_empty(max(1, 2**24 // len(columns)), len(columns))  # new memory is slow
     sums = Counter()
-    for q, near in nearness(embeddings, gallery, queries):
-        R = others[q, None]  # (Q, 1)
-        slots = torch.arange(int(R.max()) + 1, device=q.device)
-        own = members[(first[labels[q], None] + slots).clamp(max=len(members) - 1)]  # (Q, R + 1)
-        right = near.gather(1, own).masked_fill_(slots > R, -math.inf)
-        right = right.sort(descending=True).values[:, :-1]  # (Q, R), without the query itself
-        hits, rank, wrong_before = ranks(near, right, max(ks))
-        found = (rank <= R) & (hits <= R)
-        sums["map@r"] += ((found * hits / rank).sum(dim=1, keepdim=True) / R).sum()
-        sums["r_precision"] += (found.sum(dim=1, keepdim=True) / R).sum()
-        for k in ks:
-            sums[f"recall@{k}"] += (wrong_before < k).sum()
-    return {name: float(total) / len(queries) for name, total in sums.items()}
-
-
-def nearness(embeddings, gallery, queries):
-    """Yields chunks q (Q,) of the queries and near (Q, N), the larger the nearer a gallery item is
-    to the query, -inf for the query's own. N is padded to a multiple of GROUP, with -inf."""
-    # With a dimension more, that is an inner product: q . g - |g|^2 / 2.
-    extended, padding = F.pad(embeddings, (0, 1), value=1), -len(gallery) % GROUP
-    offsets = F.pad(gallery.square().sum(dim=1) / -2, (0, padding), value=-math.inf)
-    gallery = torch.cat([F.pad(gallery, (0, 0, 0, padding)), offsets[:, None]], dim=1)  # (N, D + 1)
-    chunk = gallery.new_empty(max(1, 2**25 // len(gallery)), len(gallery))  # new memory is slow
-    for q in queries.split(len(chunk)):
-        near = torch.mm(extended[q], gallery.T, out=chunk[:len(q)])
-        yield q, near.scatter_(1, q[:, None], -math.inf)
-
-
-def ranks(near, right, k):
-    """Of each query's right items, sorted from the nearest: how many there are up to it (R,), its
-    rank (Q, R), exact up to R, and how many wrong ones come before the first (Q,), exact below k.
-    near (Q, N) and right (Q, R) are minus distances; near may be overwritten."""
-    hits = torch.arange(1, right.shape[1] + 1, device=right.device)
-    # At most R of the 2R + 1 nearest are right: what is not among them has rank > R anyway.
-    best = largest(near, min(2 * len(hits) + 1, near.shape[1]))
-    rank = hits + at_least(best, right) - at_least(right, right)
-    if k <= len(hits) + 1:
-        return hits, rank, rank[:, 0] - 1
-    nearest = right[:, :1]
-    right_too = (right >= nearest).sum(dim=1)
-    return hits, rank, near.ge_(nearest).sum(dim=1) - right_too  # in place: ones, quick to sum
+    for R in others[others > 0].unique().tolist():
+        for q in (others == R).nonzero()[:, 0].split(len(chunk)):  # (Q,)
+            near = torch.mm(queries[q], columns.T, out=chunk[:len(q)])  # (Q, N)
+            near.scatter_(1, q[:, None], -math.inf)  # an item is no neighbour of its own
+            right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
+            right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
+            # Of rank <= R, a right item has fewer than 2 R at least as near: R right, R - 1 wrong.
+            best = largest(near, min(2 * R, near.shape[1]))
+            hits = torch.arange(1, R + 1, device=q.device)
+            ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R) exact up to R
+            found = ranks <= R
+            sums["map@r"] += (found * hits / ranks).sum() / R
+            sums["r_precision"] += found.sum() / R
+            first_rank = ranks[:, 0]
+            if max(ks) > R:  # where it must be exact beyond R
+                first_right = right[:, :1]
+                as_near = (right == first_right).sum(dim=1)
+                first_rank = 1 + near.ge_(first_right).sum(dim=1) - as_near  # in place is quicker
+            for k in ks:
+                sums[f"recall@{k}"] += (first_rank <= k).sum()
+    if not sums:
+        raise ValueError("no label occurs twice, so there is nothing to retrieve")
+    return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
 
 
 def largest(values, k):
@@ -881,7 +931,7 @@ def largest(values, k):
 
 def at_least(values, bounds):
     """How many of values (Q, V), sorted descending, are >= each of bounds (Q, W): (Q, W)."""
-    return values.shape[1] - torch.searchsorted(values.flip(1), bounds.contiguous())
+    return values.shape[1] - torch.searchsorted(values.flip(1), bounds)
 
 
 def nmi(embeddings, labels, seed):
@@ -897,48 +947,47 @@ def nmi(embeddings, labels, seed):
 
 
 @torch.no_grad()
-def embed(model, photos, pool, draws, seed, args, everything=False):
-    """{condition: (N, D)}: centre crops under all conditions(), each photo read once for all."""
-    model.eval()
-    chunks = torch.arange(len(photos)).split(EVAL_BATCH)
-    batches = Batches(photos, chunks, args.image_size, False, pool, draws, seed)
-    parts = defaultdict(list)
-    for batch in tqdm(loader(batches, args), "embedding", leave=False, disable=None):
-        if STOP:
-            raise Stopped
-        photo, backgrounds = (t.to(args.device) for t in batch)
-        for name, images in conditions(photo, backgrounds, model, everything):
-            parts[name].append(model(images))
-    return {name: torch.cat(part) for name, part in parts.items()}
+def embed(network, batches, device, *, extra=False):
+    """{condition: (draws, N, D)}, draws = 1 where none is drawn, of items of evaluation Batches."""
+    network.eval()
+    embeddings = defaultdict(list)
+    for photos, backgrounds, _ in batches:
+        images, masks = unpack(photos.to(device, non_blocking=True))
+        images = network.normalise(images)
+        backgrounds = network.normalise(backgrounds.to(device, non_blocking=True).float())
+        for condition, versions in views(images, masks, backgrounds, extra=extra):
+            embeddings[condition].append(torch.stack([network(version) for version in versions]))
+    return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
 
 
-def test(model, index, args):
+def test(network, split, args):
     """The paper's test protocol and three conditions more: {condition: {metric: value}}, or for
     those that draw backgrounds {condition: {"mean", "std" (ddof 1), "draws"}} of such metrics."""
-    rows = index.split["test"]
-    photos = Photos(*pick(index, rows), args.short_side, args.image_size, keep=False)
-    pool = Photos(list_backgrounds(args.backgrounds, "test"), None, args.short_side)
-    found = embed(model, photos, pool, DRAWS, (args.seed, TEST), args, everything=True)
+    photos = Photos(split.images, split.masks, short_side(args.image_size), keep=False)
+    pool = Photos(list_backgrounds(args.backgrounds, "test"), None, short_side(args.image_size))
+    batches = Batches(photos=photos, size=args.image_size, seed=(args.seed, TEST), pool=pool,
+                      draws=DRAWS)
+    items = loader(batches, args, range(batches.items_a_pass))
+    items = tqdm(items, "testing", batches.items_a_pass, leave=False, disable=None)
+    embeddings = embed(network, items, args.device, extra=True)
+    ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
 
-    def score(name, gallery=None):
-        ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
-        scores = retrieval_metrics(found[name], index.labels[rows], ks, gallery)
+    def score(queries, gallery=None):
+        metrics = retrieval_metrics(queries, split.labels, ks, gallery)
         if args.nmi and gallery is None:
-            scores["nmi"] = nmi(found[name], index.labels[rows], args.seed)
-        return scores
+            metrics["nmi"] = nmi(queries, split.labels, args.seed)
+        return metrics
 
-    names = [f"replaced_{draw}" for draw in range(DRAWS)]
-    return {"clean": score("clean"), "replaced": spread([score(name) for name in names]),
-            "query": spread([score(name, found["clean"]) for name in names]),
-            "object_only": score("object_only"), "background_only": score("background_only")}
-
-
-def pick(index, rows):
-    return [index.images[i] for i in rows], [index.masks[i] for i in rows]
+    clean, replaced = embeddings["clean"][0], embeddings["replaced"]
+    return {"clean": score(clean),
+            "replaced": mean_and_std([score(draw) for draw in replaced]),
+            "query": mean_and_std([score(draw, gallery=clean) for draw in replaced]),
+            "object_only": score(embeddings["object_only"][0]),
+            "background_only": score(embeddings["background_only"][0])}
 
 
-def spread(draws):
-    """Mean and sample standard deviation of a list of metric dicts."""
+def mean_and_std(draws):
+    """Of a list of metric dicts; the sample standard deviation (ddof 1)."""
     values = np.array([list(draw.values()) for draw in draws])
     return {"mean": dict(zip(draws[0], values.mean(axis=0).tolist())),
             "std": dict(zip(draws[0], values.std(axis=0, ddof=1).tolist())), "draws": draws}
@@ -946,345 +995,374 @@ def spread(draws):
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 
-# What a random number is for: part of its seed, so that no random state needs saving.
-INIT, SAMPLE, TRAIN, VAL, TEST, STEP = range(6)
-STOP = []  # filled by SIGTERM
-
 
 def write(path, save):
-    """Calls save(temporary path) and renames the file, so that `path` is always whole."""
+    """Calls save(temporary path) and renames that file, so that `path` is always whole. Raises
+    UserError."""
     draft = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(draft)
         draft.replace(path)
-    except RuntimeError as error:  # torch.save's, for a full disk
-        raise UserError(f"{path}: could not be written ({error}); make room and go on") from error
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+        raise UserError(f"{path}: could not be written ({one_line(error)}); make room or choose "
+                        "another folder, the same command goes on") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     write(path, lambda draft: draft.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-class Trainer:
-    """Model, class weights, optimiser and progress of one run: all that its checkpoints hold."""
+class State:
+    """All that a run has learned: `network`, `class_weights` (C, D) or None, `optimiser`, and in
+    `history` the figures of each epoch done, a dict an epoch."""
 
-    def __init__(self, args, index, run):
-        self.args, self.index, self.run = args, index, run
-        torch.manual_seed(mix(args.seed, INIT))
-        resumes = (run / "last.pt").exists() and not args.fresh
-        weights = "none" if resumes else args.weights  # no download to resume
-        self.model = Embedder(args.backbone, weights, args.image_size).to(args.device)
-        hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
-        groups = [{"params": self.model.parameters(), "lr": args.lr}]
-        self.labels = index.labels[index.split["train"]]
-        self.weight = None
+    def __init__(self, args, classes, weights):
+        torch.manual_seed(seed_of(args.seed, INIT))
+        self.network = Embedder(args.backbone, weights, args.image_size).to(args.device)
+        groups = [{"params": self.network.parameters(), "lr": args.lr}]
+        self.class_weights = None
         if args.loss in CLASSIFICATION:
-            weight = torch.randn(self.labels.max() + 1, EMBEDDING)
-            self.weight = nn.Parameter(weight.to(args.device))
-            groups.append({"params": [self.weight], "lr": hparams["lr_loss"]})
+            self.class_weights = nn.Parameter(torch.randn(classes, EMBEDDING).to(args.device))
+            hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
+            groups.append({"params": [self.class_weights], "lr": hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
-        self.loss = lambda e, y: LOSSES[args.loss](e, y, self.weight, **hparams)
-        self.progress = dict(epoch=1, step=0, loss=0.0, seconds=0.0, best=-1.0, best_epoch=0)
+        self.history = []
+        self.select = args.select
 
-    def save(self, name):
-        state = {"model": self.model.state_dict(), "weight": self.weight,
-                 "optimiser": self.optimiser.state_dict(), "progress": self.progress}
-        write(self.run / name, lambda draft: torch.save(state, draft))
+    @property
+    def epochs(self):
+        return len(self.history)
 
-    def load(self, name):
+    @property
+    def best_epoch(self):
+        """The first epoch of the best validation MAP@R; 0 before the first."""
+        scores = [row[self.select]["map@r"] for row in self.history]
+        return scores.index(max(scores)) + 1 if scores else 0
+
+    def save(self, path, *, optimiser):
+        content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
+                   "history": self.history}
+        if optimiser:
+            content["optimiser"] = self.optimiser.state_dict()
+        write(path, lambda draft: torch.save(content, draft))
+
+    def load(self, path):
+        """Raises UserError if the file is missing, damaged or of another network."""
         try:
-            state = torch.load(self.run / name, map_location=self.args.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.progress = state["progress"]
-            if self.weight is not None:
-                self.weight.data.copy_(state["weight"])
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            self.network.load_state_dict(content["network"])
+            if self.class_weights is not None:
+                self.class_weights.data.copy_(content["class_weights"])
+            if "optimiser" in content:
+                self.optimiser.load_state_dict(content["optimiser"])
+            self.history = content["history"]
         except Exception as error:  # zip, pickle and torch each raise their own
-            raise UserError(f"{self.run / name}: {brief(error)}; if it is damaged, --fresh starts "
-                            "over") from error
+            raise UserError(f"{path}: {one_line(error)}; if it is damaged, delete {path.parent} to "
+                            "start over") from error
 
-    def fit(self):
-        """Trains until --patience epochs brought nothing better, or for --epochs."""
-        args, split = self.args, self.index.split
-        self.photos = Photos(*pick(self.index, split["train"]), args.short_side)
-        self.val = Photos(*pick(self.index, split["val"]), args.short_side, args.image_size)
-        self.pool = Photos(list_backgrounds(args.backgrounds, "val"), None, args.short_side)
-        signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))  # now there is what to save
+
+def training_data(args, splits, epochs_done):
+    """What is left to read: the batches of the training, the items of the validations, and how many
+    items are one validation. Both iterators last to the end of the training: no processes are
+    started anew, and the next epoch's batches are prepared while this one is validated."""
+    short, labels = short_side(args.image_size), splits["train"].labels
+    m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
+    train_photos = Photos(splits["train"].images, splits["train"].masks, short)
+    val_photos = Photos(splits["val"].images, splits["val"].masks, short)
+    pool = Photos(list_backgrounds(args.backgrounds, "val"), None, short)
+    train = Batches(photos=train_photos, size=args.image_size, seed=(args.seed, TRAIN), pool=pool,
+                    draws=int(args.bgaugment),
+                    sampler=MPerClassSampler(labels, m, args.batch_size))
+    val = Batches(photos=val_photos, size=args.image_size, seed=(args.seed, VAL), pool=pool,
+                  draws=1)
+    batches = range(epochs_done * args.iterations, args.epochs * args.iterations)
+    items = range(epochs_done * val.items_a_pass, args.epochs * val.items_a_pass)
+    return loader(train, args, batches), loader(val, args, items), val.items_a_pass
+
+
+def finished(state, args):
+    return state.epochs >= args.epochs or state.epochs - state.best_epoch >= args.patience
+
+
+def train(args, splits, state, run):
+    """Epochs of `iterations` batches, a validation after each; ends when `patience` epochs brought
+    nothing better, or after `epochs`. Goes on from where `state` is. Writes log.jsonl, best.pt (the
+    best epoch) and last.pt (all it needs to go on). Raises UserError if the loss is not finite.
+    Section 4."""
+    device, network = args.device, state.network
+    hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
+    train_labels = torch.from_numpy(splits["train"].labels)
+    batches, val_items, items_a_pass = training_data(args, splits, state.epochs)
+    while not finished(state, args):
+        start = time.monotonic()
+        epoch = state.epochs + 1
+        network.train()
+        losses = []
+        for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
+            photos, backgrounds, indices = next(batches)
+            images, masks = unpack(photos.to(device, non_blocking=True))
+            labels = train_labels[indices].to(device)
+            if args.bgaugment:  # the paper's method is this line
+                backgrounds = backgrounds[0].to(device, non_blocking=True).float()
+                images = replace_background(images, masks, backgrounds)
+            torch.manual_seed(seed_of(args.seed, DROPOUT, epoch, step))
+            embeddings = network(network.normalise(images))
+            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **hparams)
+            state.optimiser.zero_grad()
+            loss.backward()
+            state.optimiser.step()
+            losses.append(loss.detach())
+        loss = float(torch.stack(losses).mean())  # once an epoch: a GPU need not wait at every step
         try:
-            while not self.finished():
-                start = time.monotonic()
-                self.train_epoch()
-                self.validate(start)
-        except Stopped:
-            self.save("last.pt")
-            raise
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            embedded = embed(network, itertools.islice(val_items, items_a_pass), device)
+            clean = retrieval_metrics(embedded["clean"][0], splits["val"].labels, (1,))
+            replaced = retrieval_metrics(embedded["replaced"][0], splits["val"].labels, (1,))
         except FloatingPointError as error:
-            epoch = self.progress["epoch"]
-            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; {self.run} keeps the one "
-                            "before; lower --lr and start --fresh") from error
-        if not self.progress["best_epoch"]:  # --epochs 0: the untrained network is the result
-            self.save("best.pt")
-
-    def finished(self):
-        done = self.progress["epoch"] - 1
-        waited = done - self.progress["best_epoch"]
-        return done >= self.args.epochs or waited >= self.args.patience
-
-    def train_epoch(self):
-        """The current epoch, or the rest of it that SIGTERM left."""
-        args, p = self.args, self.progress
-        m = images_per_class(args.loss, args.batch_size, len(np.unique(self.labels)))
-        seed = (args.seed, SAMPLE, p["epoch"])
-        lists = list(MPerClassSampler(self.labels, m, args.batch_size, args.iterations, seed))
-        batches = Batches(self.photos, lists, args.image_size, True, self.pool,
-                          int(args.bgaugment), (args.seed, TRAIN, p["epoch"]))
-        self.model.train()
-        todo = loader(batches, args, start=p["step"])
-        for batch in tqdm(todo, f"epoch {p['epoch']}", leave=False, disable=None):
-            photos, backgrounds = (t.to(args.device) for t in batch)
-            labels = torch.as_tensor(self.labels[lists[p["step"]]], device=args.device)
-            p["loss"] += self.train_step(photos, backgrounds, labels)
-            p["step"] += 1
-            if STOP:
-                raise Stopped
-
-    def train_step(self, photos, backgrounds, labels):
-        """One optimiser step; returns the loss. Raises FloatingPointError if it is not finite."""
-        p = self.progress
-        torch.manual_seed(mix(self.args.seed, STEP, p["epoch"], p["step"]))  # for dropout
-        images, masks = unpack(photos)
-        if self.args.bgaugment:
-            images = replace_background(images, masks, backgrounds[0].float())
-        loss = self.loss(self.model(self.model.normalise(images)), labels)
-        if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(f"the loss is {value}")
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        return value
-
-    def validate(self, start):
-        """Clean and replaced validation, selection, log, checkpoints."""
-        args, p = self.args, self.progress
-        found = embed(self.model, self.val, self.pool, 1, (args.seed, VAL, p["epoch"]), args)
-        labels = self.index.labels[self.index.split["val"]]
-        scores = {"clean": retrieval_metrics(found["clean"], labels, (1,)),
-                  "corrupted": retrieval_metrics(found["replaced_0"], labels, (1,))}
-        better = scores[args.select]["map@r"] > p["best"]
-        if better:
-            p.update(best=scores[args.select]["map@r"], best_epoch=p["epoch"])
-        row = {"epoch": p["epoch"], "loss": p["loss"] / args.iterations, **scores,
-               "best": p["best"], "best_epoch": p["best_epoch"],
-               "seconds": time.monotonic() - start}
-        p.update(epoch=p["epoch"] + 1, step=0, loss=0.0, seconds=p["seconds"] + row["seconds"])
-        self.log(row)
-        if better:
-            self.save("best.pt")
-        self.save("last.pt")
-
-    def log(self, row):
-        """Appends to log.jsonl (without what a killed run wrote past its checkpoint) and prints."""
-        file, args = self.run / "log.jsonl", self.args
-        lines = file.read_text().splitlines()[:row["epoch"] - 1] if file.exists() else []
-        lines.append(json.dumps(row) + "\n")
-        write(file, lambda draft: draft.write_text("\n".join(lines)))
-        clean, replaced = (100 * row[kind]["map@r"] for kind in ("clean", "corrupted"))
-        waited = row["epoch"] - row["best_epoch"]
-        left = int(row["seconds"] * min(args.epochs - row["epoch"], args.patience - waited))
-        print(f"epoch {row['epoch']:4d}  loss {row['loss']:8.4f}  val MAP@R clean {clean:5.2f} "
-              f"replaced {replaced:5.2f} best {100 * row['best']:5.2f}  patience {waited:2d}/"
-              f"{args.patience}  {row['seconds']:5.1f} s  ETA {timedelta(0, left)}", flush=True)
+            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; give a lower --lr, and "
+                            f"delete {run} or give another --runs") from error
+        state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
+                              "seconds": time.monotonic() - start})
+        if state.best_epoch == epoch:
+            state.save(run / "best.pt", optimiser=False)
+        log = "".join(json.dumps(row) + "\n" for row in state.history)
+        write(run / "log.jsonl", lambda draft: draft.write_text(log))
+        state.save(run / "last.pt", optimiser=True)
+        print_epoch(state, args)
 
 
-# ---- 10. Report ----------------------------------------------------------------------------------
+def print_epoch(state, args):
+    row = state.history[-1]
+    best = state.history[state.best_epoch - 1][state.select]["map@r"]
+    left = row["seconds"] * (args.epochs - state.epochs)
+    left = f"{left / 60:.1f} min" if left < 5400 else f"{left / 3600:.1f} h"
+    print(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  val MAP@R"
+          f" clean {100 * row['clean']['map@r']:5.2f}"
+          f"  replaced {100 * row['replaced']['map@r']:5.2f}"
+          f"  best {100 * best:5.2f}, epoch {state.best_epoch}"
+          f"  {row['seconds']:.1f} s an epoch, at most {left} to go", flush=True)
 
-# Of one run: {(condition, metric): (mean,) or, over draws or images, (mean, standard deviation)},
-# and the flags, as text, that are not the default.
-Result = namedtuple("Result", "figures unusual")
-WITHIN = {"replaced": "draws", "query": "draws", "attention": "images"}
-IN_PAPER = {("clean", "map@r"): 0, ("replaced", "map@r"): 1, ("attention", "score"): 3}
-PANEL = 1600, 1200  # px of the chart's drawing, twice its size
-TABLES = {
-    "Table 1: MAP@R, %": (("clean", "map@r"), ("replaced", "map@r")),
-    "Table 2: attention score": (("attention", "score"),),
-    "Not in the paper: MAP@R, %": (
-        ("query", "map@r"), ("object_only", "map@r"), ("background_only", "map@r")),
-    "Not in the paper: Recall@K, R-precision, %": (),  # table_row()
+
+# ---- 10. Tables ----------------------------------------------------------------------------------
+
+KINDS = ("base", "bgaugment")
+
+# One finished run. figures: {(condition, metric): (mean, standard deviation over the draws or, of
+# the attention score, over the images; nan without)}. unusual: the flags unlike the paper's.
+Result = namedtuple("Result", "dataset loss kind figures unusual")
+
+# What every table is made of. heading: condition, metric, heading of the deviation inside a run.
+FIGURES = {
+    "clean": ("clean", "map@r", None),
+    "replaced": ("replaced", "map@r", "± draws"),
+    "query": ("query", "map@r", None),
+    "object only": ("object_only", "map@r", None),
+    "background only": ("background_only", "map@r", None),
+    "R@1 clean": ("clean", "recall@1", None),
+    "R@1 replaced": ("replaced", "recall@1", None),
+    "attention": ("attention", "score", "± images"),
 }
-INTRODUCTION = f"""# Background bias, measured
 
-![MAP@R, clean and replaced](report.png)
 
-± draws: standard deviation over the {DRAWS} random draws of backgrounds, ± images: over the test
-images, both inside a run. ± seeds: over the runs of different seeds. With several seeds the other
-figures are means over them. Difference: ours minus the paper's."""
+BAR = "○ replaced  ● clean"  # heading of add_bars()
+
+
+def row_name(loss, kind):
+    return f"{loss} + BGAugment" if kind == "bgaugment" else loss
+
+
+def table_row(results):
+    """{heading: cell} of the runs, one a seed, of one dataset, loss and kind. Of several seeds a
+    figure is "mean ± standard deviation over the seeds". The paper's stand behind ours."""
+    dataset, loss, kind = results[0][:3]
+    mark = " *" if any(result.unusual for result in results) else ""
+    row = {"": row_name(loss, kind) + mark, "seeds": str(len(results))}
+    paper = PAPER.get(dataset, {}).get(loss, {}).get(kind)
+    for heading, (condition, metric, within) in FIGURES.items():
+        found = [r.figures[condition, metric] for r in results if (condition, metric) in r.figures]
+        scale = 1 if heading == "attention" else 100
+        means, stds = scale * np.array(found).reshape(-1, 2).T
+        if found:
+            row[heading] = f"{means.mean():.2f}"
+        if len(found) > 1:
+            row[heading] += f" ± {means.std(ddof=1):.2f}"
+        if found and within:
+            row[within] = f"{stds.mean():.2f}"
+        if paper and hasattr(paper, heading):
+            row[f"paper: {heading}"] = f"{getattr(paper, heading):.2f}"
+            if hasattr(paper, f"{heading}_std"):
+                row[f"paper: {heading}"] += f" ± {getattr(paper, f'{heading}_std'):.2f}"
+            if found:
+                row[f"{heading} - paper"] = f"{means.mean() - getattr(paper, heading):+.2f}"
+    return row
+
+
+def table(rows, headings=None):
+    """[[cell]], the headings first, of rows {heading: cell}; all their headings, or some."""
+    there = dict.fromkeys(heading for row in rows for heading in row)
+    shown = [heading for heading in headings or there if heading in there]
+    lines = [shown]
+    for row in rows:
+        lines.append([row.get(heading, "") for heading in shown])
+    return lines
+
+
+def as_markdown(lines):
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def as_text(lines):
+    """The table aligned; in several blocks of columns where the terminal is too narrow for one."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    room = shutil.get_terminal_size((120, 24)).columns
+    blocks, used = [], room
+    for column, width in enumerate(widths[1:], 1):
+        if used + 2 + width > room:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += 2 + width
+    texts = []
+    for columns in blocks:
+        for cells in lines:
+            shown = [cells[column].rjust(widths[column]) for column in columns]
+            texts.append("  ".join([cells[0].ljust(widths[0]), *shown]).rstrip())
+        texts.append("")
+    return "\n".join(texts[:-1])
+
+
+def add_bars(rows, width=24):
+    """Gives each row a bar from the MAP@R with replaced backgrounds (ring) to the one on clean
+    photos (disc): the longer the bar, the more of the retrieval hangs on the backgrounds."""
+    replaced = np.array([float(row["replaced"].split()[0]) for row in rows])
+    clean = np.array([float(row["clean"].split()[0]) for row in rows])
+    scale = (width - 1) / max(replaced.max(), clean.max(), 0.01)
+    for row, ring, disc in zip(rows, replaced, clean):
+        ring, disc = round(ring * scale), round(disc * scale)
+        cells = [" "] * width
+        cells[min(ring, disc):max(ring, disc)] = "━" * abs(ring - disc)
+        cells[ring] = "○"
+        cells[disc] = "●"
+        row[BAR] = "".join(cells)
 
 
 def read_result(run):
-    """(dataset, loss, bgaugment) and Result of a run folder. Raises UserError if it has none."""
+    """The Result in a run's folder. Raises UserError if there is none."""
     file, log, attention = (run / f for f in ("result.json", "log.jsonl", "attention.json"))
     if not file.exists():
         epochs = len(log.read_text().splitlines()) if log.exists() else 0
         raise UserError(f"{run}: not finished, {epochs} epochs so far")
     try:
         saved = json.loads(file.read_text())
-        args, figures = argparse.Namespace(**saved["args"]), {}
-        if args.loss not in LOSSES or run_folder(args, args.bgaugment).name != run.name:
-            raise ValueError(f"it is of {run_folder(args, args.bgaugment).name}")
+        args = argparse.Namespace(**saved["args"])
+        kind = KINDS[args.bgaugment]
+        if args.loss not in LOSSES or run_folder(args, kind).name != run.name:
+            raise ValueError(f"it is of {run_folder(args, kind).name}")
+        figures = {}
         for condition, scores in saved["test"].items():
-            parts = [scores["mean"], scores["std"]] if "mean" in scores else [scores]
-            for metric in parts[0]:
-                figures[condition, metric] = tuple(float(part[metric]) for part in parts)
+            std = scores.get("std", {})
+            for metric, value in scores.get("mean", scores).items():
+                figures[condition, metric] = float(value), float(std.get(metric, math.nan))
         if attention.exists():
             scores = json.loads(attention.read_text())
-            if math.isfinite(scores["mean"]):  # or no image's score is defined
+            if math.isfinite(scores["mean"]):  # else no image's score is defined
                 figures["attention", "score"] = float(scores["mean"]), float(scores["std"])
         if not {("clean", "map@r"), ("replaced", "map@r")} <= figures.keys():
             raise ValueError("no MAP@R")
-        key = Path(args.dataset).resolve().name, args.loss, args.bgaugment
-        return key, Result(figures, unusual(args))
+        return Result(dataset_name(args.dataset), args.loss, kind, figures, " ".join(args.unusual))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run}: left out, not a result ({error!r})") from error
 
 
-def unusual(args):
-    """The flags with which `args` differ from the defaults, in text; for a named dataset, those are
-    the paper's."""
-    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
-        args.weights = "imagenet"
-    flags = ["--dataset", args.dataset, "--loss", args.loss, "--data", args.data, "--device", "cpu"]
-    usual = vars(parse_args(flags + ["--bgaugment"] * args.bgaugment))
-    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name, None)}" for name in usual
-                    if name not in FREE | {"seed"}
-                    and getattr(args, name, None) != usual[name])
-
-
-def read_runs(folder):
-    """{(dataset, loss, bgaugment): [Result], one a seed}, and notes, a line each."""
-    found, notes = defaultdict(list), []
-    for run in sorted({file.parent for file in folder.glob("*/*.json")}):
-        try:
-            key, result = read_result(run)
-        except UserError as error:
-            notes.append(str(error))
-            continue
-        found[key].append(result)
-        if result.unusual:
-            notes.append(f"\\* {run}: {result.unusual}")
-    if not found:
-        raise UserError(f"--report {folder}: no finished run; {(notes or ['train one first'])[0]}")
-    return found, notes
-
-
-def figure(results, condition, metric, paper=None):
-    """[(column head, cell)] of one figure; `paper`: the paper's row, if it has one."""
-    key, scale = (condition, metric), 1 if condition == "attention" else 100
-    found = scale * np.array([r.figures[key] for r in results if key in r.figures])
-    heads = [condition.replace("_", " ")]
-    if condition in WITHIN:
-        heads.append(f"± {WITHIN[condition]}")
-    ours = [f"{x:.2f}" for x in found.mean(axis=0)] if len(found) else ["not run", "-"]
-    seeds = f"{found[:, 0].std(ddof=1):.2f}" if len(found) > 1 else "-"
-    columns = [*zip(heads, ours), ("± seeds", seeds)]
-    if paper and key in IN_PAPER:
-        mean, std = paper[IN_PAPER[key]:][:2]
-        gap = round(found[:, 0].mean() - mean, 2) + 0 if len(found) else None  # + 0: no -0.00
-        columns += [("paper", f"{mean:.2f} ± {std:.2f}" if condition in WITHIN else f"{mean:.2f}"),
-                    ("difference", "-" if gap is None else f"{gap:+.2f}")]
-    return columns
-
-
-def table_row(title, results, dataset, paper):
-    """[(column head, cell)] of one dataset, loss, and base or BGAugment."""
-    if TABLES[title]:
-        return [column for key in TABLES[title] for column in figure(results, *key, paper)]
-    metrics = [f"recall@{k}" for k in RECALL_AT.get(dataset, (1, 2, 4, 8))] + ["r_precision"]
-    return [(f"{metric} {condition}", figure(results, condition, metric)[0][1])
-            for metric in metrics for condition in ("clean", "replaced")]
-
-
-def table(title, dataset, found):
-    """Lines of Markdown: a row for each loss, base and BGAugment."""
-    if all(dataset != key[0] for key in found):
-        return [f"{dataset}: not run"]
-    rows, keys = [], TABLES[title] or [("clean", "map@r")]
-    for loss, bgaugment in itertools.product(LOSSES, (False, True)):
-        results = [result for result in found.get((dataset, loss, bgaugment), [])
-                   if any(key in result.figures for key in keys)]
-        paper = PAPER[dataset][loss][bgaugment] if dataset in PAPER else None
-        mark = " \\*" if any(result.unusual for result in results) else ""
-        name = f"{loss}{' + BGAugment' if bgaugment else ''}{mark}"
-        rows.append([(dataset, name), ("seeds", str(len(results))),
-                     *table_row(title, results, dataset, paper)])
-    heads = [head for head, _ in rows[0]]
-    cells = [[cell for _, cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *cells)]
+INTRODUCTION = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation
+over the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run;
+± images: over the test images."""
+MARKED = "* Other settings than the paper's (of toy and folders: than the defaults):"
 
 
 def report(folder):
-    """Writes folder/report.md, the tables of all runs in it next to the paper's, with the chart
-    report.png, and prints it. Raises UserError if no run is finished. Sections 4.3 and 5."""
-    found, notes = read_runs(folder)
-    draw_chart(found, folder / "report.png")
-    lines = [INTRODUCTION]
-    for title in TABLES:
-        lines += ["", f"## {title}"]
-        for dataset in dict.fromkeys([*PAPER, *(dataset for dataset, *_ in found)]):
-            lines += ["", *table(title, dataset, found)]
-    if notes:
-        mark = "\\* made with other settings than the paper's (toy: than its own)"
-        lines += ["", "## Notes", "", mark, "", *(f"- {note}" for note in notes)]
-    text = "\n".join(lines) + "\n"
-    write(folder / "report.md", lambda draft: draft.write_text(text))
-    print(text, end="")
-
-
-def draw_chart(found, file):
-    """Writes a PNG, a panel a dataset."""
-    datasets = list(dict.fromkeys(dataset for dataset, *_ in found))
-    image = Image.new("RGB", (PANEL[0] * len(datasets), PANEL[1]))
-    for k, dataset in enumerate(datasets):
-        image.paste(draw_panel(dataset, found), (k * PANEL[0], 0))
-    image = image.reduce(2)  # shapes are drawn with hard edges
-    write(file, lambda draft: image.save(draft, "PNG"))
-
-
-def draw_panel(dataset, found):
-    """By loss, base and BGAugment: a bar from the MAP@R with replaced backgrounds (ring) to the one
-    without (disc). The longer the bar, the more hung on the backgrounds."""
-    image, font = Image.new("RGB", PANEL, "white"), ImageFont.load_default(48)
-    draw = ImageDraw.Draw(image)
-    ends = {key[1:]: [100 * np.mean([result.figures[condition, "map@r"][0] for result in results])
-                      for condition in ("replaced", "clean")]
-            for key, results in found.items() if key[0] == dataset}
-    step = next(s for s in (1, 2, 5, 10, 20) if np.max(list(ends.values())) <= 6 * s)
-    ticks = range(0, min(6 * step, 100) + 1, step)
-    left, right, bottom = 580, PANEL[0] - 60, PANEL[1] - 160
-    for tick in ticks:
-        x = left + (right - left) * tick / ticks[-1]
-        draw.line((x, 110, x, bottom), "lightgrey", 3)
-        draw.text((x, bottom + 40), str(tick), "dimgrey", font, "mm")
-    draw.text((left, 60), f"{dataset}: test MAP@R, %", "black", font, "lm")
-    draw.text((left, PANEL[1] - 50), "ring: replaced backgrounds, disc: clean", "black", font, "lm")
-    for i, key in enumerate(itertools.product(LOSSES, (False, True))):
-        y, colour = 170 + 70 * i + 40 * (i // 2), ("#d95f02", "#1f78b4")[key[1]]
-        draw.text((left - 40, y), "+ BGAugment" if key[1] else key[0], colour, font, "rm")
-        if key not in ends:
-            draw.text((left + 20, y), "not run", "grey", font, "lm")
+    """Prints a table a dataset of all finished runs in `folder`, beside the paper's, and writes it
+    to folder/report.md. Raises UserError if no run is finished. Sections 4.3 and 5."""
+    results, marked, left_out = defaultdict(list), [], []
+    for run in sorted({file.parent for file in folder.glob("*/*.json")}):
+        try:
+            result = read_result(run)
+        except UserError as error:
+            left_out.append(f"- {error}")
             continue
-        ring, disc = (left + (right - left) * value / ticks[-1] for value in ends[key])
-        draw.line((ring, y, disc, y), colour, 12)
-        for x, fill in ((ring, "white"), (disc, colour)):
-            draw.ellipse((x - 18, y - 18, x + 18, y + 18), fill, colour, 7)
-    return image
+        results[result.dataset, result.loss, result.kind].append(result)
+        if result.unusual:
+            marked.append(f"- {run}: {result.unusual}")
+    if not results:
+        why = left_out[0].removeprefix("- ") if left_out else "train one first"
+        raise UserError(f"--report {folder}: no finished run; {why}")
+    text, markdown = [INTRODUCTION], ["# Background bias, measured", INTRODUCTION]
+    untouched = []
+    for dataset in dict.fromkeys([*PAPER, *(dataset for dataset, _, _ in results)]):
+        rows, missing = [], []
+        for loss, kind in itertools.product(LOSSES, KINDS):
+            if (dataset, loss, kind) in results:
+                rows.append(table_row(results[dataset, loss, kind]))
+            else:
+                missing.append(row_name(loss, kind))
+        if not rows:
+            untouched.append(dataset)
+            continue
+        markdown += [f"## {dataset}", as_markdown(table(rows))]
+        add_bars(rows)
+        text.append(f"{dataset}\n{as_text(table(rows))}")
+        if missing:
+            text.append(f"{dataset}, not run: {', '.join(missing)}")
+            markdown.append(text[-1])
+    if untouched:
+        text.append(f"not run at all: {', '.join(untouched)}")
+        markdown.append(text[-1])
+    for title, lines in ((MARKED, marked), ("Left out:", left_out)):
+        if lines:
+            text.append("\n".join([title, *lines]))
+            markdown.append("\n".join([title.replace("*", "\\*"), "", *lines]))
+    write(folder / "report.md", lambda draft: draft.write_text("\n\n".join(markdown) + "\n"))
+    print("\n\n".join(text))
+
+
+def print_results(args):
+    """Prints the run's test MAP@R beside its base or BGAugment sibling's, and what they lose."""
+    results = []
+    for kind in KINDS:
+        try:
+            results.append(read_result(run_folder(args, kind)))
+        except UserError as error:
+            if run_folder(args, kind).exists():
+                print(error)
+    if results:
+        rows = [table_row([result]) for result in results]
+        add_bars(rows)
+        columns = ["", *(heading for heading, figure in FIGURES.items() if "map@r" in figure), BAR]
+        print(f"\ntest MAP@R, %\n{as_text(table(rows, columns))}")
+    settings = dict.fromkeys(result.unusual or "the defaults" for result in results)
+    if len(settings) > 1:
+        print(f"not to be compared: one has {', the other '.join(settings)}")
+    for result in results:
+        clean, replaced = (result.figures[view, "map@r"][0] for view in ("clean", "replaced"))
+        if clean:
+            print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
+                  f"{100 * (1 - replaced / clean):.0f} % of its MAP@R.")
+    print(f"all metrics: {run_folder(args, KINDS[args.bgaugment]) / 'result.json'}")
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# These may change when a run goes on, or follow from others.
-FREE = {"runs", "device", "workers", "fresh", "test_only", "nmi", "short_side"}
+# Say which run it is, and where its data lies: none makes a run unlike the paper's. (The pool of
+# backgrounds may: check_backgrounds.)
+IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "backgrounds"}
+# May be others when a run goes on.
+MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual"}
 
 
 def number(low, kind=int):
@@ -1310,80 +1388,107 @@ def parse_args(argv=None):
         description="Train an image retrieval model and measure its background bias.",
         epilog=f"Defaults, in brackets, are the paper's. With --dataset toy: {DEFAULTS['toy']}.")
 
-    def add(flag, help, **options):
-        takes_value = "action" not in options
-        parser.add_argument(flag, help=help + " [%(default)s]" * takes_value, **options)
-
-    add("--dataset", "toy, cars196, cub200, sop or FOLDER of images/<class>/", default="toy")
-    add("--loss", "training loss", choices=LOSSES, default="contrastive")
-    add("--bgaugment", "replace the background of every training image", action="store_true")
-    add("--data", "folder that holds the named datasets", default="data")
-    add("--backgrounds", "folder with val/ and test/ photos; None: DATA/unsplash_backgrounds")
-    add("--runs", "folder that holds the run folders", default="runs")
-    add("--seed", "fixes every random number", type=number(0), default=42)
-    add("--epochs", "at most so many; 0 tests the untrained network", type=number(0))
-    add("--iterations", "batches an epoch", type=number(1))
-    add("--patience", "epochs without improvement before it stops", type=number(1), default=15)
-    add("--batch-size", "images a batch", type=number(2), default=32)
-    add("--lr", "learning rate of the network, not of class weights", type=number(0, float))
-    add("--backbone", "bninception, smallconv or a torchvision classifier such as resnet50")
-    add("--weights", "imagenet, none (random) or a checkpoint file of the backbone")
-    add("--image-size", "side of the crops in px; photos: 256/227 of it", type=number(16))
-    add("--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
-    add("--workers", "processes preparing batches; None: up to 8 for a GPU, else 0", type=number(0))
-    add("--select", "validation that picks the epoch; None: corrupted with --bgaugment, else clean",
-        choices=("clean", "corrupted"))
-    add("--fresh", "delete the run's folder and start over", action="store_true")
-    add("--test-only", "test the run's best.pt again", action="store_true")
-    add("--nmi", "report NMI of the test embeddings too (slow)", action="store_true")
-    add("--report", "tables and a chart of all runs in RUNS: RUNS/report.md, .png", metavar="RUNS")
+    add, default = parser.add_argument, " [%(default)s]"
+    add("--dataset", default="toy",
+        help="toy, cars196, cub200, sop or FOLDER of images/<class>/" + default)
+    add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
+    add("--bgaugment", action="store_true", help="replace the background of every training image")
+    add("--data", default="data", help="folder that holds the named datasets" + default)
+    add("--backgrounds", help="folder with val/ and test/ photos [DATA/unsplash_backgrounds]")
+    add("--runs", default="runs", help="folder that holds the run folders" + default)
+    add("--seed", type=number(0), default=42, help="fixes every random number" + default)
+    add("--epochs", type=number(0), help="at most; 0 tests the untrained network" + default)
+    add("--iterations", type=number(1), help="batches an epoch" + default)
+    add("--patience", type=number(1), default=15,
+        help="epochs without improvement before it stops" + default)
+    add("--batch-size", type=number(2), default=32, help="images a batch" + default)
+    add("--lr", type=number(0, float), help="learning rate, not of class weights" + default)
+    add("--backbone", help="bninception, smallconv or a torchvision classifier" + default)
+    add("--weights", help="imagenet, none (random) or a file of the backbone's" + default)
+    add("--image-size", type=number(16), help="side of the crops, px" + default)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
+    add("--workers", type=number(0), help="processes preparing batches [up to 8 for a GPU, else 0]")
+    add("--select", choices=("clean", "replaced"),
+        help="validation that picks the epoch [replaced with --bgaugment, else clean]")
+    add("--nmi", action="store_true", help="report NMI of the test embeddings too (slow)")
+    add("--report", metavar="RUNS", help="tables of all runs in RUNS; writes RUNS/report.md")
     parser.set_defaults(**DEFAULTS["paper"])
-    if parser.parse_known_args(argv)[0].dataset == "toy":
-        parser.set_defaults(**DEFAULTS["toy"])
-    return complete(parser.parse_args(argv))
-
-
-def complete(args):
-    """Fills in what depends on other arguments. Raises UserError."""
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**DEFAULTS["toy" if known.dataset == "toy" else "paper"],
+                        backgrounds=default_backgrounds(known.dataset, known.data),
+                        select="replaced" if known.bgaugment else "clean")
+    args = parser.parse_args(argv)
     args.dataset = ALIASES.get(args.dataset, args.dataset)
-    pools = "toy/backgrounds" if args.dataset == "toy" else "unsplash_backgrounds"
-    args.backgrounds = args.backgrounds or str(Path(args.data, pools))
-    args.select = args.select or ("corrupted" if args.bgaugment else "clean")
-    args.short_side = round(SHORT_SIDE * args.image_size)
+    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # fetched by hand, the paper's too
+        parser.set_defaults(weights=args.weights)
+    args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                    if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
+    return args
+
+
+def choose_device(args):
+    """Fills in --device and --workers. Raises UserError if they cannot work."""
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(2, device=args.device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     if args.workers is None:
         args.workers = min(8, cpus()) if args.device.startswith("cuda") else 0
-    return args
+    # Workers hand their batches over in /dev/shm, of which a container often has only 64 MB. Each
+    # prepares two: of training and validation (4 + 3 bytes a pixel), or of the test with its draws.
+    largest_item = max(7 * (args.batch_size + EVAL_BATCH), (4 + 3 * DRAWS) * EVAL_BATCH)
+    needed = 2 * args.workers * largest_item * args.image_size**2 / 2**20
+    if args.workers and Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free / 2**20
+        if needed > free:
+            raise UserError(f"--workers {args.workers}: they need {needed:,.0f} MB of /dev/shm, "
+                            f"{free:,.0f} are free; use fewer or --workers 0, or give the "
+                            "container more (docker run --shm-size=2g)")
 
 
-def run_folder(args, bgaugment):
-    name, kind = Path(args.dataset).resolve().name, "bgaugment" if bgaugment else "base"
-    return Path(args.runs, f"{name}-{args.loss}-{kind}-s{args.seed}")
+def default_backgrounds(dataset, data):
+    return str(Path(data, "toy/backgrounds" if dataset == "toy" else "unsplash_backgrounds"))
 
 
-def open_run(args):
-    """The folder of the run; of one begun with other arguments or not to be read, UserError."""
-    run = run_folder(args, args.bgaugment)
-    if args.test_only and not (run / "best.pt").exists():
-        raise UserError(f"--test-only: no best.pt in {run}; train it first")
-    kept = any((run / name).exists() for name in ("last.pt", "best.pt", "result.json"))
-    if args.fresh or not kept:
-        return run
+def check_backgrounds(args):
+    """The paper's datasets want the paper's pools, of POOL photos each; a run with another pool is
+    marked. Raises UserError."""
+    val, test = (len(list_backgrounds(args.backgrounds, part)) for part in ("val", "test"))
+    usual = default_backgrounds(args.dataset, args.data)
+    if (val, test) == (POOL, POOL) and Path(args.backgrounds).name == Path(usual).name:
+        return
+    if args.dataset in PAPER and args.backgrounds == usual:
+        raise UserError(f"{usual}: {val} and {test} photos in val/ and test/ instead of {POOL} "
+                        "each; see README, Data, or give a folder of your own as --backgrounds")
+    args.unusual.append(f"--backgrounds {args.backgrounds} ({val} and {test} photos)")
+
+
+def dataset_name(dataset):
+    """What folders and tables call it; a user's folder never like one of the paper's datasets."""
+    if dataset in SPLITS:
+        return dataset
+    name = Path(dataset).resolve().name
+    return f"{name}-folder" if name in SPLITS else name
+
+
+def run_folder(args, kind):
+    return Path(args.runs, f"{dataset_name(args.dataset)}-{args.loss}-{kind}-s{args.seed}")
+
+
+def check_config(args, run):
+    """Raises UserError if the run was begun with other arguments, or its config cannot be read."""
     try:
         saved = dict(json.loads((run / "config.json").read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'}: {error!r}; --fresh starts the run over") from error
+        raise UserError(f"{run / 'config.json'}: {error!r}; delete {run} to start over") from error
     differ = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})" for name, value
-              in vars(args).items() if name not in FREE and saved.get(name) != value]
+              in vars(args).items() if name not in MAY_CHANGE and saved.get(name) != value]
     if differ:
-        raise UserError(f"{run}: begun with {', '.join(differ)}; take the same, --runs or --fresh")
-    return run
+        raise UserError(f"{run}: begun with {', '.join(differ)}; take the same, give another "
+                        f"--runs, or delete {run} to start over")
 
 
 def write_config(args, run):
@@ -1392,7 +1497,6 @@ def write_config(args, run):
         ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True).stdout.strip()
     gpu = args.device.startswith("cuda")
-    run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {
         "args": vars(args), "git": git or "unknown",
         "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
@@ -1400,78 +1504,68 @@ def write_config(args, run):
         "torchvision": torchvision.__version__, "numpy": np.__version__})
 
 
-def print_results(args):
-    """Prints the run's test MAP@R in percent, and its base or BGAugment sibling's, if done."""
-    print(f"\n{'test MAP@R, %':29s}", *(f"{name:>15s}" for name in CONDITIONS))
-    flags = set()
-    for kind in ("base", "BGAugment"):
-        run = run_folder(args, kind == "BGAugment")
-        if not (run / "result.json").exists():
-            continue
-        try:
-            _, result = read_result(run)
-        except UserError as error:
-            print(error)
-            continue
-        cells = [" +- ".join(f"{100 * x:.2f}" for x in result.figures.get((name, "map@r"), ()))
-                 for name in CONDITIONS]
-        print(f"{args.loss + ', ' + kind:29s}", *(f"{cell:>15s}" for cell in cells))
-        flags.add(result.unusual or "the defaults")
-    if len(flags) > 1:
-        print(f"not to be compared, one has {', the other '.join(flags)}")
-    print(f"all metrics: {run_folder(args, args.bgaugment) / 'result.json'}")
-
-
 def main(argv=None):
     args = parse_args(argv)
-    if args.report:
+    if args.report is not None:
+        if not args.report or not Path(args.report).is_dir():
+            raise UserError(f"--report '{args.report}': no such folder; give the one with the runs")
         return report(Path(args.report))
-    run = open_run(args)
-    if (run / "result.json").exists() and not (args.test_only or args.fresh):
-        print(f"{run} is done; --test-only tests it again, --fresh starts over")
+    kind = KINDS[args.bgaugment]
+    run = run_folder(args, kind)
+    if (run / "result.json").exists():
+        check_config(args, run)
+        print(f"{run} is done; to test it again delete its result.json, to start over the folder")
         return print_results(args)
-    index = load_index(args.dataset, args.data)
-    for part in ("val", "test"):
-        list_backgrounds(args.backgrounds, part)  # an error now, not after the training
-    trainer = Trainer(args, index, run)
-    if args.fresh and not args.test_only:
-        shutil.rmtree(run, ignore_errors=True)
-    if (run / "last.pt").exists():
-        trainer.load("last.pt")
-    elif not args.test_only:
+    choose_device(args)
+    splits = load_splits(args.dataset, args.data)
+    check_backgrounds(args)
+    classes = len(np.unique(splits["train"].labels))
+    images_per_class(args.loss, args.batch_size, classes)  # a wrong --batch-size is found here
+    begun = (run / "last.pt").exists()
+    if begun:
+        check_config(args, run)
+    state = State(args, classes, "none" if begun else args.weights)  # no download to go on
+    if begun:
+        state.load(run / "last.pt")
+    else:
         write_config(args, run)
-    config, at = (run / "config.json").read_text(), trainer.progress
-    print(f"{run}, epoch {at['epoch']}, batch {at['step']}: {' '.join(config.split())}", flush=True)
-    if not args.test_only:
-        trainer.fit()
-    progress = trainer.progress
-    trainer.load("best.pt")
-    scores = test(trainer.model, trainer.index, args)
+    print(f"{dataset_name(args.dataset)} · {row_name(args.loss, kind)} · seed {args.seed} · "
+          f"{args.backbone}, {args.image_size} px · {args.device} · {run}"
+          + (f" · after epoch {state.epochs}" if begun else ""), flush=True)
+    if not finished(state, args):
+        train(args, splits, state, run)
+    elif not begun:  # --epochs 0: the untrained network is the result
+        state.save(run / "best.pt", optimiser=False)
+    epochs, seconds = state.epochs, sum(row["seconds"] for row in state.history)
+    state.load(run / "best.pt")
+    scores = test(state.network, splits["test"], args)
     write_json(run / "result.json", {
-        "args": vars(args), "epochs": progress["epoch"] - 1, "best_epoch": progress["best_epoch"],
-        "val_best": progress["best"], "seconds": progress["seconds"], "test": scores})
+        "args": vars(args), "epochs": epochs, "best_epoch": state.best_epoch, "seconds": seconds,
+        "test": scores})
     print_results(args)
 
 
 def command(name, main):
     """Runs a script's main(); what the user can mend ends in one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for ○
     try:
         main()
-    except (UserError, OSError) as error:
-        reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
-        print(f"{name}: error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped:
-        print(f"{name}: SIGTERM, all is saved; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        return
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    finally:  # workers ignore the SIGTERM with which Python ends them, and would be waited for
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in torch.multiprocessing.active_children():
-            worker.kill()
+        print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
+    except (OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = str(error)
+        if not getattr(error, "filename", None):  # no file is to blame: a connection broke
+            reason = (f"--workers: a process that prepares batches died ({one_line(error)}); is "
+                      "memory or /dev/shm full? The same command goes on, with fewer --workers or 0")
+    print(f"{name}: error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,143 +9,124 @@
 #   GPUS="0 1 2 3" bash run_all.sh       one run a GPU at a time; default: all that are visible
 #
 #   bash run_all.sh data masks           under SLURM: first this, then a task a run, then the report
-#   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G --signal=B:TERM@120 run_all.sh
+#   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G run_all.sh
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
-# The same command again skips what is finished and goes on with what is not. What fails does not
-# stop the rest; it is named at the end, and the exit code is 1. DATA, RUNS and FLAGS (more of them
-# for bgbias.py) can be set too, and for mirrors CUB_URL, SOP_URL, PHOTOS_URL, WEIGHTS_URL, file://
-# too, with CUB_MD5, SOP_MD5, PHOTOS_MD5, WEIGHTS_SHA256.
+# The same command again skips what is finished and goes on with what is not. A failure stops only
+# what needs it; it is named at the end, and the exit code is 1. The variables DATA and RUNS name
+# other folders than data and runs, FLAGS holds more flags for bgbias.py.
 set -euo pipefail
-shopt -s nullglob
 
-DATA=${DATA:-data} RUNS=${RUNS:-runs} SEEDS=${SEEDS:-42} FLAGS=${FLAGS:-}
-LOSSES=${LOSSES:-contrastive triplet multi_similarity arcface normalized_softmax}
-EVERY=${EVERY:-1800}  # seconds between two estimates of what is left
-HUB=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints  # where torch looks first
+: "${DATA:=data}" "${RUNS:=runs}" "${SEEDS:=42}" "${FLAGS:=}"
+: "${LOSSES:=contrastive triplet multi_similarity arcface normalized_softmax}"
+HUB=${TORCH_HOME:-${XDG_CACHE_HOME:-~/.cache}/torch}/hub/checkpoints  # where torch looks first
+export CUDA_DEVICE_ORDER=PCI_BUS_ID  # number GPUs as nvidia-smi does
 
-die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 say() { echo "$(date +%H:%M:%S) $*"; }
-failed() { say "$1: FAILED, $2" && echo "$1: $2" >>"$tmp/failed"; }
+die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
-# ---- The stages, of a dataset or of a run: $dataset $loss $kind $seed $name ----------------------
-
-data() {  # what can be had; no checksum is known of the authors' backgrounds
-    local repository=background-bias-in-dml
-    case $dataset in
-        cub200) fetch "$DATA/CUB_200_2011" tar md5 "${CUB_MD5-97eceeb196236b17998738112f37df78}" \
-            "${CUB_URL:-https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz}" ;;
-        sop) fetch "$DATA/Stanford_Online_Products" zip \
-            md5 "${SOP_MD5-7f73d41a2f44250d4779881525aea32e}" \
-            "${SOP_URL:-ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip}" ;;
-        cars196) [ "$dry" ] || [ "$(find -L "$DATA" -maxdepth 2 \
-            \( -name car_ims -o -name cars_train \) -print -quit)" ] ||
-            die "nobody serves cars196 any more; put into $DATA/cars196 car_ims/, cars_annos.mat" \
-                "or cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
-        unsplash_backgrounds) [[ $FLAGS == *--backgrounds* ]] ||
-            fetch "$DATA/$dataset" tar md5 "${PHOTOS_MD5-}" \
-                "${PHOTOS_URL:-https://github.com/LSX-UniWue/$repository/archive/HEAD.tar.gz}" ;;
-        bn_inception-*) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
-            fetch "$HUB/$dataset" '' sha256 "${WEIGHTS_SHA256-52deb4733}" \
-                "${WEIGHTS_URL:-http://data.lip6.fr/cadene/pretrainedmodels/$dataset}" ;;
+plan() {  # prints the jobs of $stage for $dataset, one a line: the name of its log, its command
+    case $dataset in  # the rule of dataset_name() in bgbias.py
+        cars196 | cub200 | sop | toy | backgrounds | weights | all) name=$dataset ;;
+        *) name=$(basename "$(cd "$dataset" && pwd -P)")
+            case $name in cars196 | cub200 | sop | toy) name+=-folder ;; esac ;;
+    esac
+    if grep -Eqs "^(data-$name|masks-$name-[0-9]+):" "$tmp/failed"; then return; fi
+    case $stage-$dataset in
+        data-cars196 | data-cub200 | data-sop | data-backgrounds | data-weights)
+            echo "data-$dataset fetch $dataset" ;;
+        masks-toy) ;;  # toy is written with its masks
+        masks-*)
+            for ((i = 1; i <= ${#gpus[@]}; i++)); do  # a share for each GPU
+                echo "masks-$name-$i python masks.py --dataset $dataset --data $DATA" \
+                    "--shard $i/${#gpus[@]}"
+            done ;;
+        train-* | attention-*)
+            for seed in $SEEDS; do for loss in $LOSSES; do for kind in base bgaugment; do
+                run=$name-$loss-$kind-s$seed
+                if [ $kind = bgaugment ]; then augment=" --bgaugment"; else augment=; fi
+                if [ "$stage" = train ]; then
+                    echo "$run python bgbias.py --dataset $dataset --loss $loss$augment" \
+                        "--seed $seed --data $DATA --runs $RUNS${FLAGS:+ $FLAGS}"
+                else
+                    echo "$run python eval_attention.py $RUNS/$run"
+                fi
+            done; done; done ;;
+        report-*) echo "report python bgbias.py --report $RUNS" ;;
     esac
 }
 
-masks() {  # a share for every GPU
-    if [ "$dataset" = toy ]; then return; fi
-    for ((i = 1; i <= gpus; i++)); do
-        job "masks-$folder-$i" \
-            python masks.py --dataset "$dataset" --data "$DATA" --shard "$i/$gpus"
-    done
+work() {  # work GPU: runs the plan's jobs on this GPU, except those that another has begun
+    set +e  # when a job fails, the next one is still to be done
+    export CUDA_VISIBLE_DEVICES=$1
+    while read -r name command; do
+        log=$RUNS/$name.log
+        if [ "$stage" = attention ] && [ ! -e "$RUNS/$name/result.json" ]; then continue; fi
+        mkdir "$tmp/$stage-$name" 2>>"$tmp/why" || continue
+        say "$name: $stage on GPU $1, log in $log"
+        # shellcheck disable=SC2086  # a command is several words
+        if ($command) >>"$log" 2>&1 </dev/null; then
+            say "$name: $stage is done"
+        else
+            reason="exit code $?, $(tail -n 1 "$log")"
+            say "$name: FAILED, $reason"
+            echo "$name: $reason" >>"$tmp/failed"
+        fi
+    done <"$tmp/plan"
 }
 
-train() {
-    if [ "$kind" = base ]; then augment=; else augment=--bgaugment; fi
-    # shellcheck disable=SC2086  # several words, or none
-    job "$name" python bgbias.py --dataset "$dataset" --loss "$loss" $augment --seed "$seed" \
-        --data "$DATA" --runs "$RUNS" $FLAGS
+stop() {  # stop EXIT_CODE: ends the workers and what they run, then this script
+    exec 2>>"$tmp/why"  # bash reports each of them as "Terminated"
+    for worker in $(jobs -p); do kill -- "-$worker" || true; done
+    wait
+    exit "$1"
 }
 
-attention() {
-    local run=$RUNS/$name
-    if [ ! "$dry" ] && [[ ! -e $run/result.json || -e $run/attention.json ]]; then return; fi
-    job "$name" python eval_attention.py "$run"
+fetch() {  # fetch DATASET: downloads it, unless it is there
+    local dataset=$1
+    case $dataset in
+        cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
+            die "nobody serves it any more; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
+                "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
+        cub200) get "$DATA/CUB_200_2011" .tgz md5 97eceeb196236b17998738112f37df78 \
+            https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
+        sop) get "$DATA/Stanford_Online_Products" .zip md5 7f73d41a2f44250d4779881525aea32e \
+            ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip ;;
+        backgrounds) [[ $FLAGS == *--backgrounds* ]] ||  # no checksum of these is known
+            get "$DATA/unsplash_backgrounds" .tar.gz md5 '' \
+                https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz ;;
+        weights) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
+            get "$HUB/bn_inception-52deb4733.pth" '' sha256 52deb4733 \
+                http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth ;;
+    esac
 }
 
-report() {
-    if [ "$dry" ]; then echo "python bgbias.py --report $RUNS"; return; fi
-    python bgbias.py --report "$RUNS" 2>"$tmp/why" || failed report "$(<"$tmp/why")"
+get() {  # get PLACE SUFFIX SUM DIGITS URL: PLACE, or the archive PLACE.SUFFIX, unpacked to PLACE
+    local place=$1 archive=$1$2 file=$1$2 url=$5 error
+    if [ -e "$place" ] || [ -e "$DATA/$dataset/${place##*/}" ]; then return; fi
+    if [ ! -e "$archive" ]; then  # otherwise the user has put it there
+        file=$archive.part
+        until error=$(curl -fsSL --create-dirs --connect-timeout 30 --speed-limit 1 \
+            --speed-time 60 --retry 3 --continue-at - --output "$file" "$url" 2>&1); do
+            [ $? = 33 ] || die "$url: ${error##*curl: }; try again, or put that file at $archive"
+            rm "$file"  # 33: the server cannot go on with half a file, so begin again
+        done
+    fi
+    [[ $("$3sum" <"$file") == "$4"* ]] ||
+        die "$file: its $3 does not begin with $4; delete it, or put $url at $archive"
+    if [ ! "$2" ]; then mv "$file" "$place"; return; fi
+    rm -rf "$place.new"
+    mkdir "$place.new"
+    case $2 in  # neither writes outside of the folder it is given
+        .zip) error=$(python -m zipfile -e "$file" "$place.new" 2>&1) ;;
+        *) error=$(tar -xof "$file" -C "$place.new" 2>&1) ;;
+    esac || die "$file: not unpacked, ${error##*$'\n'}; make room, or delete it"
+    mv "$(find "$place.new" -type d -name "${place##*/}" -print -quit)" "$place" ||
+        die "$file: has no folder ${place##*/}; delete it"
+    rm -rf "$place.new" "$archive.part"
 }
 
-# ---- What they need ------------------------------------------------------------------------------
-
-fetch() {  # fetch PATH ARCHIVE SUM DIGITS URL: PATH is there, verified, or this dies
-    if [ -e "$1" ] || [ -e "$DATA/$dataset/${1##*/}" ]; then return; fi
-    if [ "$dry" ]; then echo "curl -fL -C - -o $1.part $5"; return; fi
-    say "fetching $5"
-    mkdir -p "${1%/*}"
-    get() { curl -fsSL --connect-timeout 30 -Y 1 -y 60 --retry 3 -C - -o "$1.part" "$5" 2>&1; }
-    error=$(get "$@") || { [ $? = 33 ] && rm "$1.part" && error=$(get "$@"); } ||  # 33: no resuming
-        die "$5 to $1.part: ${error##*curl: }; mend that and try again, or set another URL"
-    [[ $("$3sum" <"$1.part") == "$4"* ]] || { rm "$1.part" &&
-        die "$5: its $3 does not begin with $4, deleted; try again, or set another URL"; }
-    if [ ! "$2" ]; then mv "$1.part" "$1"; return; fi
-    rm -rf "$1.d" && mkdir "$1.d"
-    error=$("unpack_$2" "$1.part" "$1.d" 2>&1) ||
-        die "$1.part: not unpacked, ${error##*$'\n'}; make room, or delete it"
-    found=$(find "$1.d" -type d -name "${1##*/}" -print -quit)
-    [ "$found" ] || die "$1.part: has no folder ${1##*/}; delete it and set another URL"
-    mv "$found" "$1" && rm -r "$1.d" "$1.part"
-}
-
-unpack_tar() { tar -xof "$1" -C "$2"; }  # neither lets a file out of the folder
-unpack_zip() { python -m zipfile -e "$1" "$2"; }
-
-job() {  # job NAME COMMAND...: on the next free GPU, with its own log
-    if [ "$dry" ]; then echo "${*:2}"; return; fi
-    until read -r -t "$EVERY" gpu <&3; do cost || true; done
-    say "$1: $3 on GPU $gpu, log in $RUNS/$1.log"
-    set -m  # a process group of its own, which stop() reaches whole
-    (
-        trap exit TERM  # once the command has saved its state and ended
-        if CUDA_VISIBLE_DEVICES=$gpu "${@:2}" >>"$RUNS/$1.log" 2>&1; then say "$1: $3 is done"
-        else failed "$1" "$(tail -n 1 "$RUNS/$1.log")"; fi
-        echo "$gpu" >&3
-    ) 2>"$tmp/why" &  # where bash says "Terminated"
-    set +m
-}
-
-stop() { for group in $(jobs -p); do kill -- "-$group" || true; done; wait; exit 143; }
-
-cost() {  # what all of it takes, a line a dataset, and from the first epochs on how many hours more
-    for set in $datasets; do
-        each=0.25  # GB, of a run of BN-Inception
-        case $set in  # GB: photos and masks; a folder's photos are there already
-            cars196) size="16,185 images, 2.3" ;; cub200) size="11,788 images, 1.4" ;;
-            sop) size="120,053 images, 4.8" ;; toy) size="3,400 images, 0.1" each=0.01 ;;
-            *) size="$(find -L "$set/images" -type f | wc -l) images, 0" ;;
-        esac
-        runs=0 files=()
-        for run in "${all[@]}"; do if [[ $run == "$set "* ]]; then
-            runs=$((runs + 1)) files+=("$RUNS/${run##* }"/{log.json[l],result.jso[n]})
-        fi; done
-        awk -F '"seconds": |"epochs": ' -v gpus="$gpus" -v runs="$runs" \
-            -v what="$set: $size GB, and $runs runs of up to $each GB" '
-            FILENAME ~ /log.jsonl$/ { seconds += $2; epochs++ }
-            /^  "epochs": / { whole += $2; done++ }
-            END {
-                printf "%s, %d left: ", what, runs - done
-                each = done ? whole / done : 16  # the fewest: 15 without a better one
-                if (!epochs) print "hours not known before the first epochs"
-                else printf "%.1f hours left, if a run takes %d epochs of %.1f s\n",
-                    (runs - done) * each * seconds / epochs / gpus / 3600, each, seconds / epochs
-            }' /dev/null "${files[@]}"
-    done
-}
-
-# ---- Which of them, and for what -----------------------------------------------------------------
-
-dry='' stages='' datasets='' all=()
+dry='' stages='' datasets=''
 for word; do
     case $word in
         --dry-run) dry=1 ;;
@@ -158,56 +139,35 @@ for word; do
     esac
 done
 [ -e bgbias.py ] || die "start it in the folder of bgbias.py"
-datasets=${datasets:- cars196 cub200 sop}
-for dataset in $datasets; do for seed in $SEEDS; do for loss in $LOSSES; do
-    for kind in base bgaugment; do
-        all+=("$dataset $loss $kind $seed ${dataset##*/}-$loss-$kind-s$seed")
-    done
-done; done; done
-if [ "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    stages=${stages:-train attention}
-    all=("${all[SLURM_ARRAY_TASK_ID]:?there is no run of this number}")
+[[ $DATA$RUNS != *[[:space:]]* ]] || die "DATA and RUNS: folders without spaces, please"
+: "${datasets:= cars196 cub200 sop}"
+task=${SLURM_ARRAY_TASK_ID:-}
+if [ "$task" ]; then : "${stages:=train attention}"; fi
+if [ ! "${GPUS:-}" ]; then
+    ask_torch="import torch; print(*range(torch.cuda.device_count()))"
+    GPUS=${CUDA_VISIBLE_DEVICES-$(python -c "$ask_torch")}
 fi
-: "${GPUS:=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 |
-    grep -E '^[0-9]+$')}}"
-GPUS=${GPUS//,/ } GPUS=${GPUS:-none}
-gpus=$(wc -w <<<"$GPUS")
+read -ra gpus <<<"${GPUS//,/ }"
+if [ ${#gpus[@]} = 0 ]; then gpus=(none); fi
 
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-trap stop INT TERM
-mkfifo "$tmp/free"
-exec 3<>"$tmp/free"  # holds the free GPUs: a job takes one out and puts it back
-for gpu in $GPUS; do echo "$gpu" >&3; done
-if [ ! "$dry" ]; then
-    mkdir -p "$DATA" "$RUNS"
-    cost || true
-    df -Ph "$DATA" "$RUNS" | awk 'NR > 1 { print $4 " free on " $6 }' | uniq
-fi
-
+trap 'stop 130' INT
+trap 'stop 143' TERM
 for stage in ${stages:-data masks train attention report}; do
-    items=("${all[@]}")
-    # shellcheck disable=SC2206  # datasets have no spaces
-    case $stage in
-        data | masks) items=($datasets) ;;
-        report) items=("") ;;
-    esac
-    if [ "$stage" = data ] && [ "$datasets" != " toy" ]; then
-        items+=(unsplash_backgrounds bn_inception-52deb4733.pth)
-    fi
-    for item in "${items[@]}"; do
-        read -r dataset loss kind seed name <<<"$item"
-        folder=${dataset##*/}
-        if [ "$stage" = data ]; then
-            set -m; (data) 2>"$tmp/why" & set +m
-            wait $! || failed "data-$folder" "$(<"$tmp/why")"
-        elif [ "$item" ] && grep -Eqs "^(data-$folder|masks-$folder-[0-9]+):" "$tmp/failed"; then
-            say "${name:-$folder}: left out, its data or masks failed"
-        else
-            "$stage"
-        fi
-    done
+    wanted=$datasets
+    if [ "$stage" = report ]; then wanted=all; fi
+    if [ "$stage" = data ] && [ "$datasets" != " toy" ]; then wanted+=" backgrounds weights"; fi
+    for dataset in $wanted; do plan; done | sed -n "${task:+$((task + 1))}p" >"$tmp/plan"
+    if [ "$task" ] && [ ! -s "$tmp/plan" ]; then die "--array: there is no run of number $task"; fi
+    if [ "$dry" ]; then cut -d ' ' -f 2- "$tmp/plan"; continue; fi
+    mkdir -p "$DATA" "$RUNS"
+    rm -f "$RUNS/report.log"  # other logs grow, this one is shown
+    set -m  # makes each worker a process group, so that stop() reaches what it runs too
+    for gpu in "${gpus[@]}"; do work "$gpu" & done
+    set +m
     wait
+    if [ "$stage" = report ]; then cat "$RUNS/report.log"; fi
 done
 
 if [ -e "$tmp/failed" ]; then

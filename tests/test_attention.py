@@ -2,6 +2,7 @@
 and a closed form, and runs of bgbias.py through shards, resuming, table, figure and each error."""
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def test_paper_table():
     for line in PAPER.split("\n")[1:-1]:
         loss, *cells = line.split()
         for dataset, *numbers in (cells[0:5], cells[5:10], cells[10:15]):
-            base, bgaugment = (row[3:] for row in bgbias.PAPER[dataset][loss])
-            assert [*base, *bgaugment] == [float(n) for n in numbers]
+            rows = [bgbias.PAPER[dataset][loss][kind] for kind in ("base", "bgaugment")]
+            ours = [figure for row in rows for figure in (row.attention, row.attention_std)]
+            assert ours == [float(n) for n in numbers]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,14 +185,15 @@ def trained(tmp_path_factory):
                      "--epochs", "0", "--image-size", str(SIZE), "--device", "cpu", *flags])
     base, other = (root / f"runs/photos-contrastive-{kind}-s42" for kind in ("base", "bgaugment"))
     state = torch.load(other / "best.pt", weights_only=True)  # both start alike: move one
-    state["model"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
+    state["network"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
     torch.save(state, other / "best.pt")
     return base, other
 
 
 @pytest.fixture
-def runs(trained):
-    """The two run folders, without any scores."""
+def runs(trained, monkeypatch):
+    """The two run folders, without any scores; tables are printed in one block."""
+    monkeypatch.setenv("COLUMNS", "400")
     yield trained
     for folder in trained:
         for file in folder.glob("attention*"):
@@ -198,11 +201,25 @@ def runs(trained):
 
 
 def scores_of(folder):
-    return np.array(list(ea.read_scores(ea.open_run(folder, "cpu")).values()))
+    return np.array(list(ea.read_scores(ea.load_run(folder, "cpu")).values()))
+
+
+def two_images_a_batch(monkeypatch):
+    """Instead of all nine at once."""
+    for device in ea.BATCH_PIXELS:
+        monkeypatch.setitem(ea.BATCH_PIXELS, device, 2 * ea.COPIES * SIZE**2)
+
+
+def row_of(text, heading, run):
+    """{heading: cell} of a run's row in the table that has this heading; cells are two spaces apart."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if heading in line)
+    row, = [line for line in lines[first:first + 3] if line.startswith(f"{run.name} ")]
+    return dict(zip(re.split("  +", lines[first].strip()), re.split("  +", row)[1:]))
 
 
 def test_scores_of_a_run(runs):
-    run = ea.open_run(runs[0], "cpu")
+    run = ea.load_run(runs[0], "cpu")
     ea.score_run(run)
     with np.load(runs[0] / "attention.npz") as saved:
         assert saved["image"].tolist() == [str(p) for p in run.images]
@@ -218,10 +235,10 @@ def test_scores_of_a_run(runs):
 
 
 def test_scores_do_not_depend_on_batch_size_or_shards(runs, monkeypatch):
-    run = ea.open_run(runs[0], "cpu")
+    run = ea.load_run(runs[0], "cpu")
     together = np.array(list(ea.score_run(run).values()))
-    (runs[0] / "attention.npz").unlink()
-    monkeypatch.setattr(ea, "MOST", 2)  # attention.json is of the scores just deleted
+    (runs[0] / "attention.npz").unlink()  # attention.json, of the scores just deleted, stays
+    two_images_a_batch(monkeypatch)
     for i in (2, 1, 3):
         ea.score_run(run, (i, 3))
         for name in ("attention.npz", "attention.json"):
@@ -236,40 +253,50 @@ def test_a_shard_prints_no_table(runs, capsys):
 
 
 def test_interrupted_scoring_goes_on(runs, monkeypatch):
-    monkeypatch.setattr(ea, "MOST", 2)
-    run, seen = ea.open_run(runs[0], "cpu"), []
+    two_images_a_batch(monkeypatch)
+    run, mapping, batches = ea.load_run(runs[0], "cpu"), ea.attention_map, []
 
-    def stopping(*args):
-        for item in scoring(*args):
-            seen.append(item[0])
-            if len(seen) == 5:
-                bgbias.STOP.append(True)
-            yield item
+    def interrupted(model, images, *args):
+        batches.append(len(images))
+        if batches == [2, 2, 2, 2]:
+            raise KeyboardInterrupt
+        return mapping(model, images, *args)
 
-    scoring = ea.attention_maps
-    with monkeypatch.context() as patch:
-        patch.setattr(ea, "attention_maps", stopping)
-        with pytest.raises(bgbias.Stopped):
-            ea.score_run(run)
-        bgbias.STOP.clear()
-        first = scores_of(runs[0])
-        assert len(first) == 6  # the batch it was at is finished
-        seen[:] = [None] * 5
+    monkeypatch.setattr(ea, "attention_map", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         ea.score_run(run)
-    assert seen[5:] == [str(p) for p in run.images[6:]]
+    first = scores_of(runs[0])
+    assert len(first) == 6 and not (runs[0] / "attention.json").exists()
+    ea.score_run(run)
+    assert batches[4:] == [2, 1]  # the rest
     resumed = scores_of(runs[0])
     np.testing.assert_array_equal(resumed[:6], first)
     (runs[0] / "attention.npz").unlink()
     np.testing.assert_allclose(resumed, list(ea.score_run(run).values()), atol=1e-4)
 
 
+def test_scores_are_saved_on_the_way(runs, monkeypatch):
+    """A job that is killed, where nothing can be saved at the end, loses a minute."""
+    two_images_a_batch(monkeypatch)
+    monkeypatch.setattr(ea, "SAVE_EVERY", 0)
+    run, mapping, saved = ea.load_run(runs[0], "cpu"), ea.attention_map, []
+
+    def watched(*args):
+        saved.append(len(ea.read_scores(run)))
+        return mapping(*args)
+
+    monkeypatch.setattr(ea, "attention_map", watched)
+    ea.score_run(run)
+    assert saved == [0, 2, 4, 6, 8]
+
+
 def test_another_checkpoint_starts_over(runs):
-    run = ea.open_run(runs[0], "cpu")
+    run = ea.load_run(runs[0], "cpu")
     ea.score_run(run)
     best = (runs[0] / "best.pt").read_bytes()
     try:
         (runs[0] / "best.pt").write_bytes((runs[1] / "best.pt").read_bytes())
-        assert ea.read_scores(ea.open_run(runs[0], "cpu")) == {}
+        assert ea.read_scores(ea.load_run(runs[0], "cpu")) == {}
     finally:
         (runs[0] / "best.pt").write_bytes(best)
     assert len(ea.read_scores(run)) == 9
@@ -305,40 +332,62 @@ def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
     flags = ["--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"]
     ea.main([*map(str, runs), str(runs[0].parent / "report.md"), "--device", "cpu", *flags])
     out = capsys.readouterr().out
-    row = out.splitlines()[2]
-    assert row.startswith("| photos contrastive s42 | 9 |")
-    base, other = scores_of(runs[0])[:8, 0], scores_of(runs[1])[:8, 0]
-    for values in (base, other):
-        assert f"| {values.mean():.3f} ± {values.std(ddof=1):.3f} |" in row
-    assert f"| {(other - base).mean():+.3f} [" in row
-    assert f"| {100 * (other > base).mean():.0f} % |" in row
-    assert "nan" not in out.replace("attention.npz", "")
-    assert "1 of 9 images left out" in out and "class_5/2.png" in out
-    for run in runs:
-        line, = [line for line in out.splitlines() if line.startswith(f"| {run.name} |")]
-        cells = line.split(" | ")[1:]
-        assert len(cells) == 9 and cells[4] == "1.000" and float(cells[5]) < 0
-    size = 4 * ea.CELL + 3 * ea.GAP, 2 * ea.TEXT + 2 * ea.CELL + ea.GAP
-    assert Image.open(tmp_path / "a.png").size == size
+    rows = [row_of(out, "± images", run) for run in runs]
+    for run, row in zip(runs, rows):
+        values = scores_of(run)[:8, 0]
+        saved = json.loads((run / "attention.json").read_text())
+        assert row["images"] == "9"
+        assert row["attention"] == f"{values.mean():.2f}" == f"{saved['mean']:.2f}"
+        assert row["± images"] == f"{values.std(ddof=1):.2f}" == f"{saved['std']:.2f}"
+    base, other = (scores_of(run)[:8, 0] for run in runs)
+    gain, improved = rows[1]["BGAugment - base [95 %]"], rows[1]["images improved"]
+    assert gain.startswith(f"{(other - base).mean():+.3f} [")
+    assert improved == f"{100 * (other > base).mean():.0f} %"
+    assert "nan" not in out and "paper" not in out
+    assert out.count("1 images left out") == 2 and "class_5/2.png" in out
+    for run, values in zip(runs, (base, other)):
+        checks = row_of(out, "mask as map", run)
+        assert len(checks) == 9
+        assert checks["score"] == f"{values.mean():.3f}"  # 200 images are all of these
+        assert checks["mask as map"] == "1.000" and float(checks["its complement"]) < 0
+    assert Image.open(tmp_path / "a.png").size == (4 * ea.CELL + 3 * ea.GAP,
+                                                   2 * ea.TEXT + 2 * ea.CELL + ea.GAP)
 
 
-def test_paper_numbers_stand_beside_ours(runs):
-    run = ea.open_run(runs[0], "cpu")
+def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
+    shown = []
+    for order, name in ((runs, "a.png"), (runs[::-1], "b.png")):
+        flags = ["--figure", str(tmp_path / name), "--images", "2", "--worst"]
+        ea.main([*map(str, order), "--device", "cpu", *flags])
+        shown.append((capsys.readouterr().out, (tmp_path / name).read_bytes()))
+    assert shown[0] == shown[1]
+    lines = shown[0][0].splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == [run.name for run in runs]
+
+
+def test_paper_numbers_stand_beside_ours(runs, tmp_path):
+    run = ea.load_run(copy_of(runs[0], tmp_path / "cub200-triplet-base-s42"), "cpu")
     run.args.dataset, run.args.loss = "cub200", "triplet"
-    lines = ea.table(ea.pair_up([run]), {run.folder: {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}})
-    assert lines.splitlines()[2] == (
-        "| cub200 triplet s42 | 2 | 0.375 ± 0.177 | - | 0.24 ± 0.08 | 0.33 ± 0.09 | - | - |")
+    result = json.loads((run.folder / "result.json").read_text())
+    result["args"] |= {"dataset": "cub200", "loss": "triplet"}
+    (run.folder / "result.json").write_text(json.dumps(result))
+    scores = {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}
+    bgbias.write_json(run.folder / "attention.json", ea.summary(scores))
+    row = row_of(ea.score_table(ea.pair_up([run]), {run.folder: scores}), "± images", run.folder)
+    assert row == {"images": "2", "attention": "0.38", "± images": "0.18",
+                   "paper: attention": "0.24 ± 0.08"}
 
 
 def test_choose(runs):
-    run = ea.open_run(runs[0], "cpu")
+    run = ea.load_run(runs[0], "cpu")
     gaps = [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
     found = {"base": {str(p): (0.0, 0, 0) for p in run.images},
              "bgaugment": {str(p): (gap, 0, 0) for p, gap in zip(run.images, gaps)}}
-    assert ea.choose(run, found, ["3"], True) == [2, 6, 3]
-    assert ea.choose(run, found, ["class_4/1.png", "class_3/0.png"], False) == [4, 0]
-    assert sorted(ea.choose(run, found, ["20"], False)) == [0, 1, 2, 3, 5, 6, 7, 8]
-    assert ea.choose(run, found, ["3"], False) == ea.choose(run, found, ["3"], False)
+    assert ea.choose(run, found, ["3"], worst=True) == [2, 6, 3]
+    assert ea.choose(run, found, ["class_4/1.png", "class_3/0.png"], worst=False) == [4, 0]
+    assert sorted(ea.choose(run, found, ["20"], worst=False)) == [0, 1, 2, 3, 5, 6, 7, 8]
+    three = ea.choose(run, found, ["3"], worst=False)
+    assert len(three) == 3 and ea.choose(run, found, ["3"], worst=False) == three
 
 
 def test_heat_map_and_outline():
@@ -354,8 +403,8 @@ def test_heat_map_and_outline():
 
 
 def test_occlusion_moves_only_what_is_swapped(runs):
-    run = ea.open_run(runs[0], "cpu")
-    background, object_, p = ea.occlusion(run, ea.load_model(run), [6, 7, 8])
+    run = ea.load_run(runs[0], "cpu")
+    background, object_, p = ea.occlusion(run, ea.network_of(run), [6, 7, 8])
     assert p.tolist() == pytest.approx([p[0].item(), 0, 1])
     assert (background[:2] > 1e-3).all() and background[2] < 1e-6  # a full mask has no background
     assert (object_[[0, 2]] > 1e-3).all() and object_[1] < 1e-6  # an empty one no object
@@ -376,8 +425,7 @@ def error_of(capsys, *argv):
     return lines[-1]
 
 
-def copy_of(folder, tmp_path):
-    copy = tmp_path / "run"
+def copy_of(folder, copy):
     copy.mkdir()
     for name in ("config.json", "best.pt", "result.json"):
         (copy / name).write_bytes((folder / name).read_bytes())
@@ -390,13 +438,13 @@ def test_error_no_run(capsys, tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"args": {}}'])
 def test_error_config(capsys, runs, tmp_path, content):
-    copy = copy_of(runs[0], tmp_path)
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "config.json").write_text(content)
     assert f"{copy / 'config.json'}: not of this bgbias.py" in error_of(capsys, copy)
 
 
 def test_error_data_gone(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path)
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
     saved = json.loads((copy / "config.json").read_text())
     saved["args"]["dataset"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(saved))
@@ -405,7 +453,7 @@ def test_error_data_gone(capsys, runs, tmp_path):
 
 
 def test_error_checkpoint(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path)
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "best.pt").write_bytes(b"no checkpoint")
     assert f"{copy / 'best.pt'}: not a checkpoint of smallconv" in error_of(capsys, copy)
     (copy / "best.pt").unlink()
@@ -414,26 +462,28 @@ def test_error_checkpoint(capsys, runs, tmp_path):
 
 def test_error_unfinished(capsys, runs, tmp_path):
     """Its best epoch, and so its scores, may still change."""
-    copy = copy_of(runs[0], tmp_path)
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "result.json").unlink()
     assert f"{copy}: no finished run; give folders" in error_of(capsys, copy)
     ea.main([str(copy), str(runs[0]), "--device", "cpu"])
-    assert capsys.readouterr().out.startswith(f"{copy}: no finished run, left out\n| run |")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{copy}: no finished run, left out\n")
+    assert row_of(out, "attention", runs[0])["images"] == "9"
 
 
 def test_error_device(capsys, runs):
     with pytest.raises(bgbias.UserError, match="^--device cuda:99: "):
-        ea.open_run(runs[0], "cuda:99")
+        ea.load_run(runs[0], "cuda:99")
 
 
 def test_error_scores(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path)
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "attention.npz").write_bytes(b"PK no scores")
     assert f"{copy / 'attention.npz'}: not readable" in error_of(capsys, copy)
 
 
 def test_error_same_run_twice(capsys, runs, tmp_path):
-    assert "give one of them" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path))
+    assert "give one of them" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path / runs[0].name))
 
 
 def test_error_figure(capsys, runs, tmp_path):

@@ -1,6 +1,9 @@
 """Data: the three datasets as users have them, a user's own folder, the toy set, one mask rule."""
 
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import bgbias
-from bgbias import SPLITS, UserError, list_backgrounds, load_index, make_toy, mask_path, open_rgb
+from bgbias import SPLITS, UserError, list_backgrounds, load_splits, make_toy, mask_path, open_rgb
 from conftest import write_image
 
 
@@ -68,12 +71,42 @@ def test_cars_photos_of_equal_name_have_masks_of_their_own(cars):
 
 def test_wrong_counts_and_missing_lists_are_named(cars, tmp_path):
     with pytest.raises(UserError, match="6 images, 4 for testing, instead of 16,185 and 8,131"):
-        load_index("cars196", cars[0])
+        load_splits("cars196", cars[0])
     (cars[1] / "stanford_cars/devkit/cars_train_annos.mat").unlink()
     with pytest.raises(UserError, match="cars_train_annos.mat: missing list"):
-        load_index("cars196", cars[1])
+        load_splits("cars196", cars[1])
     with pytest.raises(UserError, match="no sop in it, looked for Stanford_Online_Products"):
-        load_index("sop", tmp_path)
+        load_splits("sop", tmp_path)
+
+
+def test_the_photos_of_a_named_dataset_go_where_their_class_belongs(cars, monkeypatch):
+    monkeypatch.setitem(bgbias.COUNTS, "cars196", (6, 2))
+    parts = {"train": range(0, 98), "val": range(98, 99), "test": range(99, 196)}
+    monkeypatch.setitem(SPLITS, "cars196", parts)
+    for data in cars:
+        splits = load_splits("cars196", data, need_masks=False)
+        for part, label in {"train": 0, "val": 98, "test": 195}.items():
+            images, masks, labels = splits[part]
+            assert labels.tolist() == [label, label] and len(set(images)) == 2
+            assert all(abs(np.asarray(Image.open(path)).mean() - (label + 1)) < 2 for path in images)
+            root = bgbias.dataset_root("cars196", data)
+            assert masks == [mask_path(root, image) for image in images]
+        with pytest.raises(UserError, match="missing mask, one of 6; run: python masks.py --dataset"):
+            load_splits("cars196", data)
+        splits["test"].images[1].unlink()
+        with pytest.raises(UserError, match=f"{splits['test'].images[1]}: missing image, one of 1; unpack"):
+            load_splits("cars196", data, need_masks=False)
+
+
+def test_broken_lists_are_named(cars, tmp_path):
+    for file in ("old/cars_annos.mat", "new/stanford_cars/cars_test_annos_withlabels.mat"):
+        (tmp_path / file).write_text("<html>404</html>")
+    for data in cars:
+        with pytest.raises(UserError, match=r"annos.*\.mat: broken list .*get it again, README, Data"):
+            load_splits("cars196", data)
+    (make_sop(tmp_path, {"train": [2], "test": [2]}) / "Ebay_test.txt").write_text("a b\n1 2 3\n")
+    with pytest.raises(UserError, match="Ebay_test.txt: broken list .*get it again, README, Data"):
+        load_splits("sop", tmp_path)
 
 
 @pytest.mark.parametrize("dataset, train_and_val, images, tests", [
@@ -129,18 +162,23 @@ def test_sop_lists(tmp_path):
     assert mask_path(root, items[0][0]) == root / "masks/chair_final/1_0.png"
 
 
+def split_sizes(splits):
+    return [len(splits[part].images) for part in ("train", "val", "test")]
+
+
 def test_own_folder(shop):
-    index = load_index(str(shop / "shop"))
-    assert len(index.images) == 36
-    assert [len(index.split[part]) for part in ("train", "val", "test")] == [12, 4, 20]
-    for image, mask, label in zip(*index[:3]):
-        assert image.parent.name == mask.parent.name == f"c{label}" and image.stem == mask.stem
-        assert image.parts[-3] == "images" and mask.parts[-3] == "masks"
+    splits = load_splits(str(shop / "shop"))
+    assert split_sizes(splits) == [12, 4, 20]
+    for part, classes in {"train": range(3), "val": [3], "test": range(4, 9)}.items():
+        images, masks, labels = splits[part]
+        assert images == [shop / f"shop/images/c{c}/p{i}.jpg" for c in classes for i in range(4)]
+        assert masks == [shop / f"shop/masks/c{c}/p{i}.png" for c in classes for i in range(4)]
+        assert labels.tolist() == [c for c in classes for _ in range(4)]
 
 
 @pytest.mark.parametrize("classes", range(3, 60))
 def test_own_folder_parts_are_never_empty(classes):
-    parts = bgbias.split_ranges("my_photos", classes)
+    parts = bgbias.split_classes("my_photos", classes)
     assert sorted(label for part in parts.values() for label in part) == list(range(classes))
     assert all(len(part) for part in parts.values())
     assert abs(len(parts["train"]) - classes * 74 / 196) <= 1
@@ -149,38 +187,101 @@ def test_own_folder_parts_are_never_empty(classes):
 def test_empty_class_folders_and_other_files_do_not_count(shop):
     (shop / "shop/images/a_empty").mkdir()
     (shop / "shop/images/c0/notes.txt").write_text("no photo")
-    index = load_index(str(shop / "shop"))
-    assert index.labels.tolist() == np.repeat(range(9), 4).tolist()
+    splits = load_splits(str(shop / "shop"))
+    labels = np.concatenate([splits[part].labels for part in ("train", "val", "test")])
+    assert labels.tolist() == np.repeat(range(9), 4).tolist()
 
 
 def test_upper_case_and_webp_photos_count(shop):
     write_image(shop / "shop/images/c0/q.WEBP", np.random.default_rng(1))
     (shop / "shop/images/c0/p0.jpg").rename(shop / "shop/images/c0/p0.JPG")
-    assert len(load_index(str(shop / "shop"), need_masks=False).images) == 37
+    assert split_sizes(load_splits(str(shop / "shop"), need_masks=False)) == [13, 4, 20]
+
+
+# Each makes something at a path that a photo could have.
+NO_PHOTOS = {
+    ".hidden.jpg": lambda path: write_image(path, np.random.default_rng(2)),
+    "._p0.jpg": lambda path: path.write_bytes(b"what macOS leaves on a stick"),
+    "folder.jpg": lambda path: write_image(path / "p9.jpg", np.random.default_rng(2)),
+    "pipe.jpg": os.mkfifo,
+    "nowhere.jpg": lambda path: path.symlink_to("gone.jpg"),
+    "raw.tiff": lambda path: write_image(path, np.random.default_rng(2)),
+}
+
+
+@pytest.mark.parametrize("name", NO_PHOTOS)
+def test_what_is_no_photo_is_left_out(shop, name):
+    """Of a class of a folder, and of a pool; to open a pipe would wait for ever."""
+    own, backgrounds = str(shop / "shop"), shop / "data/unsplash_backgrounds"
+    splits, pool = load_splits(own), list_backgrounds(backgrounds, "val")
+    for folder in ("shop/images/c0", "shop/images/c4", "data/unsplash_backgrounds/val"):
+        NO_PHOTOS[name](shop / folder / name)
+    for part, split in load_splits(own).items():
+        assert split.images == splits[part].images and split.masks == splits[part].masks
+        assert split.labels.tolist() == splits[part].labels.tolist()
+    assert list_backgrounds(backgrounds, "val") == pool
+
+
+def test_a_link_to_a_photo_is_a_photo(shop):
+    (shop / "shop/images/c0/p9.jpg").symlink_to(shop / "shop/images/c0/p0.jpg")
+    assert split_sizes(load_splits(str(shop / "shop"), need_masks=False)) == [13, 4, 20]
 
 
 def test_what_is_missing_is_named(shop):
     own = str(shop / "shop")
     mask = shop / "shop/masks/c3/p1.png"
     mask.unlink()
-    with pytest.raises(UserError, match=rf"{mask}: missing mask, one of 1; run: python masks.py --dataset {own}"):
-        load_index(own)
-    assert len(load_index(own, need_masks=False).masks) == 36
+    message = f"{mask}: missing mask, one of 1; run: python masks.py --dataset {own} --data data"
+    with pytest.raises(UserError, match=message):
+        load_splits(own)
+    assert split_sizes(load_splits(own, need_masks=False)) == [12, 4, 20]
     with pytest.raises(UserError, match="nowhere: neither cars196, cub200, sop, toy nor a folder"):
-        load_index(str(shop / "nowhere"))
+        load_splits(str(shop / "nowhere"))
 
 
 def test_two_photos_with_one_mask(shop):
     write_image(shop / "shop/images/c0/p0.png", np.random.default_rng(1))
     with pytest.raises(UserError, match="masks/c0/p0.png: would be the mask of two photos"):
-        load_index(str(shop / "shop"))
+        load_splits(str(shop / "shop"))
+
+
+def refused(own, part):
+    """load_splits refuses the folder and says what one must look like."""
+    with pytest.raises(UserError) as error:
+        load_splits(str(own))
+    assert f"{own}: no class with two photos for {part}; it takes three folders" in str(error.value)
+    assert f"{own}/images/<class>/ of photos" in str(error.value)
 
 
 def test_too_few_classes_or_photos(shop):
+    own = shop / "shop"
+    for label in range(4, 9):  # all that are for testing have one photo left
+        for i in range(1, 4):
+            (own / f"images/c{label}/p{i}.jpg").unlink()
+    refused(own, "test")
     for label in range(2, 9):
-        shutil.rmtree(shop / f"shop/images/c{label}")
-    with pytest.raises(UserError, match="no class with two photos for test; add classes or photos"):
-        load_index(str(shop / "shop"))
+        shutil.rmtree(own / f"images/c{label}")
+    refused(own, "test")
+    shutil.rmtree(own / "images/c1")
+    refused(own, "val")
+
+
+def test_images_without_class_folders_or_without_photos(shop):
+    own = shop / "shop"
+    photos = sorted(own.glob("images/*/*.jpg"))
+    for number, photo in enumerate(photos):
+        photo.rename(own / f"images/{number}.jpg")
+    refused(own, "train")  # the class folders are empty now
+    for label in range(9):
+        (own / f"images/c{label}").rmdir()
+    refused(own, "train")
+    for photo in own.glob("images/*.jpg"):
+        photo.unlink()
+    assert not list((own / "images").iterdir())
+    refused(own, "train")
+    for label in range(9):
+        (own / f"images/c{label}").mkdir()
+    refused(own, "train")
 
 
 def test_backgrounds_are_sorted_and_needed(shop):
@@ -193,8 +294,9 @@ def test_backgrounds_are_sorted_and_needed(shop):
 def test_every_kind_of_image_opens_as_rgb(tmp_path):
     grey = np.arange(0, 256, 5, dtype=np.uint8).reshape(4, 13)
     for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
-        Image.fromarray(grey).convert(mode).save(tmp_path / "x.tiff" if mode == "CMYK" else tmp_path / "x.png")
-        image = open_rgb(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"))
+        path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+        Image.fromarray(grey).convert(mode).save(path)
+        image = open_rgb(path)
         assert image.mode == "RGB" and image.size == (13, 4)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_rgb(tmp_path / "deep.png"))[..., 0], grey)
@@ -204,16 +306,74 @@ def test_every_kind_of_image_opens_as_rgb(tmp_path):
     assert open_rgb(tmp_path / "turned.jpg").size == (13, 4)
 
 
-def test_broken_image_is_named(tmp_path):
-    write_image(tmp_path / "a.jpg", np.random.default_rng(0))
-    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
-    with pytest.raises(UserError, match="a.jpg: no readable image"):
-        open_rgb(tmp_path / "a.jpg")
+def png(width, height, data):
+    """A PNG file, whatever its header says."""
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for name, chunk in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")):
+        content += struct.pack(">I", len(chunk)) + name + chunk
+        content += struct.pack(">I", zlib.crc32(name + chunk))
+    return content
+
+
+def bmp(width, height, data):
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return struct.pack("<2sIHHI", b"BM", 54 + len(data), 0, 0, 54) + header + data
+
+
+def test_the_files_of_the_next_test_are_images_but_for_their_header(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(2, 1, b"\0abcdef"))
+    (tmp_path / "b.png").write_bytes(bmp(2, 1, b"cbafed\0\0"))
+    for name in ("a.png", "b.png"):
+        assert open_rgb(tmp_path / name).tobytes() == b"abcdef"
+
+
+JPEG = bytes.fromhex("ffd8ffe000104a46494600010100000100010000ffdb0043000806060706")
+BROKEN = {
+    "empty": b"",
+    "a JPEG of 30 bytes": JPEG,
+    "a PNG signature": png(2, 1, b"")[:8],
+    "a PNG that says it is giant": png(60_000, 60_000, b"\0abc"),
+    "a BMP that says it is giant": bmp(60_000, 60_000, b"abc"),
+    "a PNG without pixels": png(20, 20, b""),
+    "a PNG of size 0": png(0, 0, b""),
+    "a page": b"<html>404</html>",
+    "noise": np.random.default_rng(0).bytes(500),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_image_is_named(content, tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(BROKEN[content])
+    with pytest.raises(UserError) as error:
+        open_rgb(path)
+    assert str(error.value).startswith(f"{path}: no readable image (")
+    assert str(error.value).endswith("); replace or remove it") and "\n" not in str(error.value)
+
+
+def test_one_line_of_an_error():
+    assert bgbias.one_line(ValueError("first\n  second\tthird ")) == "first second third"
+    assert bgbias.one_line(MemoryError()) == "MemoryError()"  # it has no text
+    assert bgbias.one_line(OSError("x" * 500)) == 150 * "x"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_image_cut_short_is_named_wherever_it_is_cut(suffix, tmp_path):
+    write_image(tmp_path / f"whole.{suffix}", np.random.default_rng(0))
+    content = (tmp_path / f"whole.{suffix}").read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    for length in range(0, len(content) * 3 // 4, 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=f"cut.{suffix}: no readable image .*replace or remove it"):
+            open_rgb(path)
 
 
 def test_toy_is_whole_and_always_the_same(toy):
-    index = load_index("toy", toy.parent)
-    assert [len(index.split[part]) for part in ("train", "val", "test")] == [2000, 400, 1000]
+    splits = load_splits("toy", toy.parent)
+    assert split_sizes(splits) == [2000, 400, 1000]
+    assert {part: sorted(set(split.labels.tolist())) for part, split in splits.items()} == {
+        part: list(classes) for part, classes in SPLITS["toy"].items()}
     again = [pair for _, pair in zip(range(3), bgbias.toy_class(np.random.default_rng([2022, 5])))]
     for i, (photo, mask) in enumerate(again):
         assert np.array_equal(photo, Image.open(toy / f"images/005/{i:02d}.png"))

@@ -76,10 +76,13 @@ def dataset(tmp_path):
 
 def run(capsys, *flags):
     """(exit code, stdout, stderr) of the command line."""
-    with pytest.raises(SystemExit) as end:
+    code = 0
+    try:
         bgbias.command("masks.py", lambda: masks.main([str(flag) for flag in flags]))
+    except SystemExit as end:
+        code = end.code
     out, err = capsys.readouterr()
-    return end.value.code, out, err
+    return code, out, err
 
 
 def read(path):
@@ -148,18 +151,17 @@ def test_every_kind_of_photo_gets_a_mask_of_its_size(tmp_path, capsys):
         np.testing.assert_array_equal(found[name], found[plain], name)
 
 
-def test_resumes_with_what_is_missing_or_cut_off(dataset, capsys):
+def test_resumes_with_what_is_missing(dataset, capsys):
     run(capsys, "--dataset", dataset)
     made = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (dataset / "masks").rglob("*.png")}
-    lost, cut, blank = (dataset / "masks" / name for name in ("a/0.png", "b/2.png", "c/5.png"))
-    lost.unlink()
-    cut.write_bytes(made[cut][0][:-5])
-    blank.write_bytes(b"")
+    lost = [dataset / "masks" / name for name in ("a/0.png", "b/2.png", "c/5.png")]
+    for path in lost:
+        path.unlink()
     code, out, _ = run(capsys, "--dataset", dataset)
     assert code == 0 and "6 images: 3 new, 3 skipped" in out
     for path, (content, modified) in made.items():
         assert path.read_bytes() == content
-        assert (path.stat().st_mtime_ns == modified) == (path not in (lost, cut, blank))
+        assert (path.stat().st_mtime_ns == modified) == (path not in lost)
 
 
 def test_with_nothing_to_do_no_model_is_needed(dataset, model, capsys):
@@ -201,6 +203,14 @@ def test_broken_images_are_listed_and_the_rest_is_made(dataset, capsys):
     assert files(dataset / "masks") == ["a/0.png", "b/2.png", "b/3.png", "c/5.png"]
 
 
+def test_a_mask_that_cannot_be_written(dataset, capsys):
+    (dataset / "masks").write_text("a file where the folder should be")
+    code, _, err = run(capsys, "--dataset", dataset)
+    line = err.splitlines()[-1]  # those before are the progress
+    assert code == 2 and line.startswith(f"masks.py: error: {dataset / 'masks'}")
+    assert "could not be written" in line
+
+
 def test_shards_share_the_images(dataset, capsys):
     made = []
     for i in (1, 2, 3, 4):
@@ -240,19 +250,23 @@ def test_suspicious_masks_are_listed_by_path(dataset, capsys):
 
 def test_verify_finds_what_training_would_trip_over(dataset, capsys):
     run(capsys, "--dataset", dataset)
-    names = ("a/0.png", "a/1.png", "b/2.png", "b/3.png")
-    missing, small, cutout, cut = (dataset / "masks" / name for name in names)
+    names = ("a/0.png", "a/1.png", "b/2.png", "b/3.png", "c/4.png")
+    missing, small, cutout, cut, blank = (dataset / "masks" / name for name in names)
     missing.unlink()
     Image.new("L", (24, 40)).save(small)
     Image.new("RGBA", (40, 24)).save(cutout)  # rembg without -om
     cut.write_bytes(cut.read_bytes()[:-60])
+    blank.write_bytes(b"")
     code, out, _ = run(capsys, "--dataset", dataset, "--verify")
-    assert code == 1 and "6 images: 2 present, 1 missing, 3 wrong" in out
-    assert f"missing: 1\n  {missing}\nwrong: 3\n" in out
-    lines = out.split("wrong: 3\n")[1].splitlines()
-    for path, line in zip((small, cutout, cut), lines, strict=True):
-        assert line.startswith(f"  {path}: ")
+    assert code == 1 and "6 images: 1 present, 1 missing, 4 wrong" in out
+    assert f"missing: 1\n  {missing}\nwrong: 4\n" in out
+    lines = out.split("wrong: 4\n")[1].splitlines()
+    for path, line in zip((small, cutout, cut, blank), lines, strict=True):
+        assert line.startswith(f"  {path}: ") and line.endswith("; delete it and make it again")
+        path.unlink()
     assert not missing.exists(), "--verify makes nothing"
+    assert "6 images: 5 new, 1 skipped" in run(capsys, "--dataset", dataset)[1]
+    assert run(capsys, "--dataset", dataset, "--verify")[:2] == (0, "6 images: 6 present\n")
 
 
 def test_sheet_shows_photo_mask_and_cutout_suspicious_first(dataset, tmp_path, capsys):
@@ -274,10 +288,17 @@ def test_sheet_without_masks(dataset, tmp_path, capsys):
     assert code == 2 and "no image with a mask" in err and not (tmp_path / "sheet.png").exists()
 
 
-def test_sheet_into_a_folder_that_is_not_there(dataset, tmp_path, capsys):
-    code, _, err = run(capsys, "--dataset", dataset, "--sheet", tmp_path / "no/sheet.png")
-    assert code == 2 and err.startswith("masks.py: error: --sheet") and err.count("\n") == 1
-    assert not (dataset / "masks").exists()
+@pytest.mark.parametrize("name", ["", "sheet.jpg", "sheet"])
+def test_sheet_that_is_no_png_is_refused_before_the_work(name, dataset, tmp_path, capsys):
+    code, _, err = run(capsys, "--dataset", dataset, "--sheet", tmp_path / name)
+    assert code == 2 and err.startswith(f"masks.py: error: --sheet {tmp_path / name}: ")
+    assert err.count("\n") == 1 and not (dataset / "masks").exists()
+
+
+def test_sheet_with_names_of_any_script_into_a_new_folder(dataset, tmp_path, capsys):
+    (dataset / "images/a").rename(dataset / "images/Wellensittiche ♂ 猫")
+    run(capsys, "--dataset", dataset, "--sheet", tmp_path / "new/sheet.png")
+    assert (tmp_path / "new/sheet.png").exists()
 
 
 # --------------------------------------------------------------------------------------------------

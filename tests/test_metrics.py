@@ -1,6 +1,7 @@
 """MAP@R, R-precision, Recall@K and NMI against naive loops, scikit-learn and values worked by hand.
 
-Embeddings of small integers make every distance exact: ties are ties for the code and the oracle.
+Embeddings of small integers whose mean is one too make every distance exact: ties are ties for the
+code, which takes the mean away, and for the oracle.
 """
 
 import math
@@ -17,16 +18,19 @@ KS = (1, 2, 4, 8)
 
 
 def naive_metrics(embeddings, labels, ks, gallery=None):
-    """One query, one neighbour at a time; of equally near items the wrong ones come first."""
-    gallery = embeddings if gallery is None else gallery
+    """One query, one neighbour at a time; of equally near items the wrong ones come first. Distances
+    in float64, also of float32 embeddings."""
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    gallery = embeddings if gallery is None else np.asarray(gallery, dtype=np.float64)
+    labels = np.asarray(labels).tolist()
     scores = []
     for q in range(len(labels)):
         others = [i for i in range(len(labels)) if i != q]
         R = sum(labels[i] == labels[q] for i in others)
         if R == 0:
             continue
-        ranked = sorted((sum((a - b) ** 2 for a, b in zip(embeddings[q], gallery[i])),
-                         labels[i] == labels[q]) for i in others)
+        squares = ((gallery - embeddings[q]) ** 2).sum(axis=1)
+        ranked = sorted((squares[i], labels[i] == labels[q]) for i in others)
         right = [r for _, r in ranked]
         precision = [sum(right[: i + 1]) / (i + 1) for i in range(R)]
         row = {"map@r": sum(p for p, r in zip(precision, right) if r) / R,
@@ -36,10 +40,12 @@ def naive_metrics(embeddings, labels, ks, gallery=None):
 
 
 def integers(items, width, classes, seed):
-    """Integer embeddings with many ties, a second set, labels with singletons and gaps."""
+    """Integer embeddings with many ties, a second set, labels with singletons and gaps. (Multiples
+    of the number of items have an integer as their mean.)"""
     rng = np.random.default_rng(seed)
     labels = 5 * rng.integers(0, classes, items) + 3
-    return rng.integers(-2, 3, (items, width)), rng.integers(-2, 3, (items, width)), labels
+    embeddings, gallery = items * rng.integers(-2, 3, (2, items, width))
+    return embeddings, gallery, labels
 
 
 @pytest.mark.parametrize("items, width, classes", [
@@ -51,9 +57,47 @@ def test_against_naive_loops_with_ties_and_singletons(items, width, classes, see
     for other in (None, gallery):
         found = retrieval_metrics(torch.tensor(embeddings).float(), labels, KS,
                                   None if other is None else torch.tensor(other).float())
-        rows = None if other is None else other.tolist()
-        expected = naive_metrics(embeddings.tolist(), labels.tolist(), KS, rows)
+        expected = naive_metrics(embeddings, labels, KS, other)
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+CLASS_SIZES = {
+    "many sizes": [1, 1, 1, 2, 2, 3, 5, 8, 13, 21, 34],
+    "R above N / 2": [40, 6, 3, 1],
+    "two large": [30, 30],
+    "pairs": [2] * 30,
+    "one pair": [2] + [1] * 20,
+    "one class": [40],
+    "one class, two items": [2],
+}
+
+
+@pytest.mark.parametrize("ks", [(1,), (1, 2, 5), (1, 3, 30, 1000)])
+@pytest.mark.parametrize("sizes", CLASS_SIZES)
+def test_class_sizes_against_naive_loops(sizes, ks):
+    """With ties and without, K below R and beyond."""
+    rng = np.random.default_rng(1)
+    labels = rng.permutation(np.repeat(range(len(CLASS_SIZES[sizes])), CLASS_SIZES[sizes]))
+    tied = integers(len(labels), 2, 1, seed=2)[:2]
+    centres = rng.normal(size=(labels.max() + 1, 3))
+    apart = [centres[labels] + 0.7 * rng.normal(size=(len(labels), 3)) for _ in range(2)]
+    for embeddings, gallery in (tied, apart):
+        queries, other = (torch.tensor(x).float() for x in (embeddings, gallery))
+        for given in (None, other):
+            found = retrieval_metrics(queries, labels, ks, given)
+            expected = naive_metrics(queries, labels, ks, given)
+            assert found == pytest.approx(expected, abs=1e-6)
+            if len(CLASS_SIZES[sizes]) == 1:
+                assert set(found.values()) == {1.0}
+
+
+def test_recall_does_not_depend_on_the_other_k():
+    """Whether a K beyond R is asked for too."""
+    embeddings, labels = clustered(200, 10, 8, seed=0)
+    together = retrieval_metrics(embeddings, labels, (1, 5, 20, 150))
+    for k in (1, 5, 20, 150):
+        assert retrieval_metrics(embeddings, labels, (k,))[f"recall@{k}"] == together[f"recall@{k}"]
+    assert together["recall@1"] < together["recall@5"] < together["recall@20"] < together["recall@150"]
 
 
 def test_by_hand():
@@ -69,6 +113,36 @@ def test_a_tie_counts_against_the_query():
     """The first item has one right and one wrong neighbour at distance 1, the second has no tie."""
     found = retrieval_metrics(torch.tensor([[0.0], [1.0], [-1.0]]), [0, 0, 1], (1, 2))
     assert found == {"map@r": 0.5, "r_precision": 0.5, "recall@1": 0.5, "recall@2": 1.0}
+
+
+def test_right_items_at_one_place_have_a_rank_each():
+    """Of 0, 1, 1 and a wrong 1.5: ranks 1 and 2 from 0; from each 1, 1 (the other) and 3."""
+    places, labels = torch.tensor([[0.0], [1.0], [1.0], [1.5]]), [0, 0, 0, 1]
+    found = retrieval_metrics(places, labels, (1,))
+    assert found == pytest.approx({
+        "map@r": (1 + 1 / 2 + 1 / 2) / 3, "r_precision": (1 + 1 / 2 + 1 / 2) / 3, "recall@1": 1})
+
+
+def test_right_and_wrong_items_at_one_place_with_k_below_and_beyond_r():
+    """Two right and two wrong at 1 and a right one at 0: each finds the wrong ones first."""
+    places, labels = torch.tensor([[0.0], [1.0], [1.0], [1.0], [1.0]]), [0, 0, 0, 1, 2]
+    assert retrieval_metrics(places, labels, (1, 2, 3, 4)) == {
+        "map@r": 0, "r_precision": 0, "recall@1": 0, "recall@2": 0, "recall@3": 1, "recall@4": 1}
+    assert retrieval_metrics(places, labels, (2,)) == {"map@r": 0, "r_precision": 0, "recall@2": 0}
+
+
+@pytest.mark.parametrize("width", [3, 128])
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_embeddings_against_naive_loops(width, seed):
+    """Half of the items are copies of others, right ones and wrong ones; so is the gallery."""
+    rng = np.random.default_rng(seed)
+    embeddings, labels = clustered(150, 12, width, seed)
+    copies = rng.choice(150, 75, replace=False)
+    embeddings[copies] = embeddings[rng.integers(0, 150, 75)]
+    for gallery in (None, embeddings[rng.integers(0, 150, 150)]):
+        found = retrieval_metrics(embeddings, labels, (1, 4, 100), gallery)
+        expected = naive_metrics(embeddings, labels, (1, 4, 100), gallery)
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("items", [8, 101, 1003])
@@ -97,13 +171,33 @@ def test_query_and_gallery_are_not_exchangeable():
     assert retrieval_metrics(gallery, [0, 0, 1], (1,), queries)["recall@1"] == 1.0
 
 
-def clustered(items, classes, width, seed, dtype=torch.float32):
+def clustered(items, classes, width, seed, dtype=torch.float32, noise=1):
     """Unit embeddings of class centre + noise, where retrieval is neither perfect nor hopeless."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (items,), generator=rng)
     centres = torch.randn(classes, width, generator=rng, dtype=dtype)
-    noise = torch.randn(items, width, generator=rng, dtype=dtype)
-    return torch.nn.functional.normalize(centres[labels] + noise, dim=1), labels
+    around = noise * torch.randn(items, width, generator=rng, dtype=dtype)
+    return torch.nn.functional.normalize(centres[labels] + around, dim=1), labels
+
+
+@pytest.mark.parametrize("spread", [0.004, 0.001])
+@pytest.mark.parametrize("seed", range(3))
+def test_embeddings_close_together_are_told_apart(spread, seed):
+    """Unit vectors in float32 that lie within `spread` of each other, as of a network that has
+    hardly learned: their inner products differ in the last digits only, their distances do not."""
+    around, labels = clustered(300, 20, 128, seed, dtype=torch.float64, noise=2.5)
+    rng = torch.Generator().manual_seed(seed)
+    direction = torch.nn.functional.normalize(torch.randn(128, generator=rng).double(), dim=0)
+    moved = around + 0.05 * torch.randn(300, 128, generator=rng).double()
+    embeddings, gallery = (
+        torch.nn.functional.normalize(direction + spread / 2 * x, dim=1).float()
+        for x in (around, moved))
+    assert spread / 2 < torch.cdist(embeddings.double(), gallery.double()).max() < spread
+    for other in (None, gallery):
+        found = retrieval_metrics(embeddings, labels, KS, other)
+        expected = naive_metrics(embeddings, labels, KS, other)
+        assert found == pytest.approx(expected, abs=2e-4)  # about one neighbour of one query
+        assert 0.05 < found["map@r"] < 0.5
 
 
 def referee(embeddings, labels, gallery, ks):

@@ -1,15 +1,16 @@
 """The report over hand-made result files, complete, missing and odd, against expected text."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import bgbias
-from bgbias import PAPER, UserError
+from bgbias import BAR, PAPER, UserError
 from conftest import ROOT
 
 
@@ -23,18 +24,17 @@ def drawn(value, std):
 
 
 def make_run(root, name, clean, replaced, std=0.001, flags=""):
-    """A finished run's files; its name is DATASET-LOSS-KIND-sSEED."""
-    dataset, loss, kind, seed = name.split("-")
+    """A finished run's files; its name is DATASET-LOSS-KIND-sSEED, DATASET may be a path."""
+    dataset, loss, kind, seed = name.rsplit("-", 3)
     argv = ["--dataset", dataset, "--loss", loss, "--seed", seed[1:], *flags.split()]
-    args = vars(bgbias.parse_args([*argv, *["--bgaugment"] * (kind == "bgaugment")]))
+    args = bgbias.parse_args([*argv, *["--bgaugment"] * (kind == "bgaugment")])
     test = {"clean": metrics(clean), "replaced": drawn(replaced, std),
-            "query": drawn(0.12345, 0.0022), "object_only": metrics(0.2),
+            "query": drawn(0.12346, 0.0022), "object_only": metrics(0.2),
             "background_only": metrics(0.03)}
-    result = {"args": args, "epochs": 7, "best_epoch": 3, "val_best": 0.3, "seconds": 9.5,
-              "test": test}
-    run = root / name
+    result = {"args": vars(args), "epochs": 7, "best_epoch": 3, "seconds": 9.5, "test": test}
+    run = root / (name if "/" not in dataset else bgbias.run_folder(args, kind).name)
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"args": args}))
+    (run / "config.json").write_text(json.dumps({"args": vars(args)}))
     (run / "result.json").write_text(json.dumps(result, indent=2))
     return run
 
@@ -44,73 +44,252 @@ def make_attention(run, mean, std):
     (run / "attention.json").write_text(json.dumps(content))
 
 
-def tables(root, capsys):
-    """{title: its lines}; Notes too."""
+def report(root, capsys):
+    """What the report prints, and the Markdown that it writes."""
     bgbias.main(["--report", str(root)])
     output = capsys.readouterr()
     assert output.err == ""
-    assert output.out == (root / "report.md").read_text()
-    sections = output.out.split("\n## ")[1:]
-    return {text.splitlines()[0]: text.splitlines()[1:] for text in sections}
+    return output.out, (root / "report.md").read_text()
 
 
-def rows(lines, name):
-    """The cells of the row called `name`, in each dataset's table that has it."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row[1:] for row in cells if row[0] == name]
+def read_markdown(markdown, dataset):
+    """{row's name: {heading: cell}} of the dataset's table."""
+    section = f"\n{markdown}".split(f"\n## {dataset}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    headings, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    return {row[0]: {h: cell for h, cell in zip(headings, row) if h and cell} for row in rows}
+
+
+def read_text(text):
+    """The same of a table as a terminal shows it, in blocks; a bar keeps the blanks before it."""
+    found = defaultdict(dict)
+    for block in text.split("\n\n"):
+        head, *lines = block.splitlines()
+        headings = list(re.finditer(rf"{BAR}|\S+( \S+)*", head))
+        for line in lines:
+            name = re.match(r"\S+( \S+)*", line)
+            start = name.end()
+            for heading in headings:
+                cell = line.ljust(heading.end())[start:heading.end()]
+                start = heading.end()
+                if cell.strip():
+                    found[name[0]][heading[0]] = cell[-24:] if heading[0] == BAR else cell.strip()
+    return dict(found)
+
+
+def paragraph(text, start):
+    """The paragraphs of one table: from the line `start` to the next that is not aligned."""
+    lines = text[text.index(f"\n{start}\n") + len(start) + 2:]
+    return re.split(r"\n\n(?=\S)", lines)[0]
+
+
+# ---- The paper's ---------------------------------------------------------------------------------
+
+# Test MAP@R, with replaced backgrounds, attention score; cars196, cub200, sop.
+PUBLISHED = """
+arcface | 16.25 | 13.63 +- 0.08 | 0.49 +- 0.10 | 20.66 | 12.87 +- 0.16 | 0.25 +- 0.08 \
+| 40.50 | 6.98 +- 0.05 | 0.13 +- 0.14
+arcface + BGAugment | 16.19 | 16.23 +- 0.04 | 0.56 +- 0.10 | 20.91 | 17.92 +- 0.08 | 0.33 +- 0.09 \
+| 22.25 | 16.53 +- 0.05 | 0.26 +- 0.17
+contrastive | 15.22 | 13.31 +- 0.15 | 0.50 +- 0.09 | 20.27 | 12.47 +- 0.08 | 0.25 +- 0.08 \
+| 37.98 | 4.17 +- 0.05 | 0.07 +- 0.16
+contrastive + BGAugment | 16.43 | 16.31 +- 0.03 | 0.53 +- 0.10 | 19.39 | 15.46 +- 0.08 | 0.32 +- 0.10 \
+| 31.52 | 24.09 +- 0.04 | 0.31 +- 0.20
+multi_similarity | 18.80 | 16.25 +- 0.06 | 0.52 +- 0.09 | 19.19 | 12.21 +- 0.16 | 0.26 +- 0.08 \
+| 39.65 | 6.51 +- 0.06 | 0.11 +- 0.17
+multi_similarity + BGAugment | 15.61 | 15.48 +- 0.05 | 0.50 +- 0.09 | 18.93 | 15.65 +- 0.16 | 0.30 +- 0.09 \
+| 32.67 | 24.00 +- 0.07 | 0.28 +- 0.19
+normalized_softmax | 18.06 | 15.36 +- 0.03 | 0.51 +- 0.09 | 20.18 | 12.41 +- 0.10 | 0.24 +- 0.08 \
+| 41.52 | 7.67 +- 0.04 | 0.12 +- 0.14
+normalized_softmax + BGAugment | 18.15 | 18.12 +- 0.05 | 0.56 +- 0.09 | 20.60 | 17.39 +- 0.10 | 0.30 +- 0.08 \
+| 32.16 | 24.60 +- 0.03 | 0.28 +- 0.20
+triplet | 15.33 | 13.40 +- 0.04 | 0.50 +- 0.09 | 18.29 | 10.94 +- 0.05 | 0.24 +- 0.08 \
+| 36.71 | 6.05 +- 0.06 | 0.08 +- 0.17
+triplet + BGAugment | 15.28 | 15.19 +- 0.05 | 0.54 +- 0.09 | 18.56 | 15.33 +- 0.16 | 0.33 +- 0.09 \
+| 29.63 | 21.39 +- 0.07 | 0.26 +- 0.22
+"""
 
 
 def test_papers_figures():
-    """The constants against a few cells of the paper's tables, typed in here again."""
-    assert {dataset: set(losses) for dataset, losses in PAPER.items()} == {
-        dataset: set(bgbias.LOSSES) for dataset in ("cars196", "cub200", "sop")}
-    assert PAPER["cars196"]["arcface"][0] == (16.25, 13.63, 0.08, 0.49, 0.10)
-    assert PAPER["cub200"]["triplet"] == ((18.29, 10.94, 0.05, 0.24, 0.08),
-                                          (18.56, 15.33, 0.16, 0.33, 0.09))
-    assert PAPER["sop"]["contrastive"][1][:3] == (31.52, 24.09, 0.04)
-    clean = {dataset: round(sum(row[bg][0] for row in losses.values() for bg in (0, 1)), 2)
-             for dataset, losses in PAPER.items()}
-    assert clean == {"cars196": 165.32, "cub200": 196.98, "sop": 344.59}  # column sums
-    assert round(sum(row[bg][1] for losses in PAPER.values() for row in losses.values()
-                     for bg in (0, 1)), 2) == 437.92
+    """The constants against the paper's table, typed in here again in its own order."""
+    typed = {}
+    for line in PUBLISHED.strip().splitlines():
+        name, *cells = line.split(" | ")
+        kind = "bgaugment" if name.endswith(" + BGAugment") else "base"
+        for i, dataset in enumerate(("cars196", "cub200", "sop")):
+            clean, replaced, attention = cells[3 * i:3 * i + 3]
+            typed[dataset, name.split()[0], kind] = [
+                float(number) for cell in (clean, replaced, attention) for number in cell.split(" +- ")]
+    assert len(typed) == 30
+    for (dataset, loss, kind), numbers in typed.items():
+        published = PAPER[dataset][loss][kind]
+        assert [published.clean, published.replaced, published.replaced_std, published.attention,
+                published.attention_std] == numbers
+    assert sum(len(kinds) for losses in PAPER.values() for kinds in losses.values()) == 30
 
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 EXPECTED = """
-| cub200 | seeds | clean | ± seeds | paper | difference \
-| replaced | ± draws | ± seeds | paper | difference |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| contrastive | 0 | not run | - | 20.27 | - | not run | - | - | 12.47 ± 0.08 | - |
-| contrastive + BGAugment | 0 | not run | - | 19.39 | - | not run | - | - | 15.46 ± 0.08 | - |
-| triplet | 3 | 18.00 | 1.00 | 18.29 | -0.29 | 11.00 | 0.20 | 2.00 | 10.94 ± 0.05 | +0.06 |
-| triplet + BGAugment \\* | 1 | 18.56 | - | 18.56 | +0.00 \
-| 15.00 | 0.10 | - | 15.33 ± 0.16 | -0.33 |
-""".strip().splitlines()
+|  | seeds | clean | paper: clean | clean - paper \
+| replaced | ± draws | paper: replaced | replaced - paper \
+| query | object only | background only | R@1 clean | R@1 replaced | paper: attention |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| triplet | 3 | 18.00 ± 1.00 | 18.29 | -0.29 \
+| 11.00 ± 2.00 | 0.20 | 10.94 ± 0.05 | +0.06 \
+| 12.35 ± 0.00 | 20.00 ± 0.00 | 3.00 ± 0.00 | 19.00 ± 1.00 | 12.00 ± 2.00 | 0.24 ± 0.08 |
+| triplet + BGAugment * | 1 | 18.57 | 18.56 | +0.01 \
+| 15.00 | 0.10 | 15.33 ± 0.16 | -0.33 \
+| 12.35 | 20.00 | 3.00 | 19.57 | 16.00 | 0.33 ± 0.09 |
+""".strip()
+
+
+def make_triplets(root):
+    make_run(root, "cub200-triplet-base-s42", 0.17, 0.09, 0.001)
+    make_run(root, "cub200-triplet-base-s43", 0.18, 0.11, 0.002)
+    make_run(root, "cub200-triplet-base-s44", 0.19, 0.13, 0.003)
+    make_run(root, "cub200-triplet-bgaugment-s42", 0.1857, 0.15, 0.001, "--lr 1e-5")
 
 
 def test_both_spreads_differences_and_marks(tmp_path, capsys):
-    make_run(tmp_path, "cub200-triplet-base-s42", 0.17, 0.09, 0.001)
-    make_run(tmp_path, "cub200-triplet-base-s43", 0.18, 0.11, 0.002)
-    make_run(tmp_path, "cub200-triplet-base-s44", 0.19, 0.13, 0.003)
-    make_run(tmp_path, "cub200-triplet-bgaugment-s42", 0.18559, 0.15, 0.001, "--lr 1e-5")
-    found = tables(tmp_path, capsys)
-    table = found["Table 1: MAP@R, %"]
-    assert [line for line in table if line][:7] == ["cars196: not run", *EXPECTED]
-    assert table[-1] == "sop: not run"
-    assert found["Notes"][-1] == f"- \\* {tmp_path}/cub200-triplet-bgaugment-s42: --lr 1e-05"
-    assert len([line for line in found["Notes"] if line.startswith("- ")]) == 1
+    make_triplets(tmp_path)
+    text, markdown = report(tmp_path, capsys)
+    assert f"\n## cub200\n\n{EXPECTED}\n\n" in markdown
+    flags = f"- {tmp_path}/cub200-triplet-bgaugment-s42: --lr 1e-05"
+    title = "Other settings than the paper's (of toy and folders: than the defaults):"
+    assert markdown.endswith(f"\n\n\\* {title}\n\n{flags}\n")
+    assert text.endswith(f"\n\n* {title}\n{flags}\n")
 
 
-def test_what_the_paper_lacks(tmp_path, capsys):
-    make_run(tmp_path, "cub200-arcface-base-s42", 0.21, 0.13)
-    found = tables(tmp_path, capsys)
-    row, = rows(found["Not in the paper: MAP@R, %"], "arcface")
-    assert row == ["1", "12.35", "0.22", "-", "20.00", "-", "3.00", "-"]
-    lines = found["Not in the paper: Recall@K, R-precision, %"]
-    row, = rows(lines, "arcface")
-    assert row == "1 22.00 14.00 23.00 15.00 25.00 17.00 29.00 21.00 23.00 15.00".split()
-    assert rows(lines, "cub200")[0][-2:] == ["r_precision clean", "r_precision replaced"]
-    row, = rows(lines, "triplet")
-    assert row == ["0"] + ["not run"] * 10
+def test_only_what_was_run_has_a_row(tmp_path, capsys):
+    make_triplets(tmp_path)
+    for output in report(tmp_path, capsys):
+        assert ("\ncub200, not run: contrastive, contrastive + BGAugment, multi_similarity, "
+                "multi_similarity + BGAugment, arcface, arcface + BGAugment, normalized_softmax, "
+                "normalized_softmax + BGAugment\n") in output
+        assert "\nnot run at all: cars196, sop\n" in output
+    assert list(read_markdown(output, "cub200")) == ["triplet", "triplet + BGAugment *"]
+    assert output.count("\n## ") == 1
+
+
+def test_everything_run_lacks_nothing(tmp_path, capsys):
+    for dataset in PAPER:
+        for loss in bgbias.LOSSES:
+            for kind in bgbias.KINDS:
+                make_run(tmp_path, f"{dataset}-{loss}-{kind}-s42", 0.2, 0.1)
+    for output in report(tmp_path, capsys):
+        assert "not run" not in output and "*" not in output and "Left out" not in output
+    assert re.findall("\n## (.*)", output) == ["cars196", "cub200", "sop"]
+    for dataset in PAPER:
+        assert len(read_markdown(output, dataset)) == 10
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120, 1000])
+def test_the_terminal_shows_what_the_markdown_has(tmp_path, capsys, monkeypatch, columns):
+    """Every cell of it, in blocks that fit, and a bar."""
+    make_triplets(tmp_path)
+    make_attention(tmp_path / "cub200-triplet-bgaugment-s42", 0.4, 0.12)
+    make_run(tmp_path, "cub200-multi_similarity-bgaugment-s42", 0.2, 0.3, flags="--lr 2")
+    make_run(tmp_path, "photos-arcface-base-s42", 0.2, 0.3)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text, markdown = report(tmp_path, capsys)
+    for dataset in ("cub200", "photos"):
+        table = paragraph(text, dataset)
+        widest = len("multi_similarity + BGAugment *") + 2 + 24 if dataset == "cub200" else 7 + 2 + 24
+        assert max(map(len, table.splitlines())) <= max(columns, widest)
+        assert (table.count("\n\n") == 0) == (columns == 1000)
+        shown = read_text(table)
+        bars = [cells.pop(BAR) for cells in shown.values()]
+        assert shown == read_markdown(markdown, dataset)
+        assert all("○" in bar and "●" in bar for bar in bars)
+
+
+def test_columns_are_aligned_and_fit(monkeypatch):
+    lines = [["", "a", "bc", "long heading"], ["first", "1", "2.00", "3"], ["x", "10", "", "4.00"]]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert bgbias.as_text(lines) == ("        a    bc  long heading\n"
+                                     "first   1  2.00             3\n"
+                                     "x      10                4.00")
+    monkeypatch.setenv("COLUMNS", "28")  # one less than that
+    blocks = ("        a    bc\nfirst   1  2.00\nx      10\n\n"
+              "       long heading\nfirst             3\nx              4.00")
+    assert bgbias.as_text(lines) == blocks
+    monkeypatch.setenv("COLUMNS", "15")  # too narrow for the last column: it is shown all the same
+    assert bgbias.as_text(lines) == blocks
+    monkeypatch.setenv("COLUMNS", "14")
+    assert len(bgbias.as_text(lines).split("\n\n")) == 3
+
+
+def test_bars():
+    """0 is at the first of 24 characters, the largest figure of the table, 25, at the last."""
+    rows = [{"replaced": "10.00", "clean": "25.00"},  # at 9.2, 23
+            {"replaced": "20.00 ± 9.00", "clean": "15.00 ± 1.00"},  # at 18.4, 13.8
+            {"replaced": "11.00", "clean": "11.00"},  # at 10.1: the disc hides the ring
+            {"replaced": "0.00", "clean": "1.00"}]  # at 0, 0.9
+    bgbias.add_bars(rows)
+    assert [row[BAR] for row in rows] == [
+        "         ○━━━━━━━━━━━━━●",
+        "              ●━━━○     ",
+        "          ●             ",
+        "○●                      "]
+    rows = [{"replaced": "0.00", "clean": "0.00"}]
+    bgbias.add_bars(rows)
+    assert rows[0][BAR] == "●                       "
+
+
+def test_bars_are_in_the_printed_table(tmp_path, capsys):
+    make_run(tmp_path, "toy-contrastive-base-s42", 0.25, 0.10)
+    make_run(tmp_path, "toy-contrastive-bgaugment-s42", 0.15, 0.20)
+    text, _ = report(tmp_path, capsys)
+    lines = text.splitlines()
+    assert [line for line in lines if line.endswith("  ○━━━━━━━━━━━━━●")]
+    assert [line for line in lines if line.endswith("●━━━○")]
+
+
+# ---- What a run prints at its end ----------------------------------------------------------------
+
+
+def end_of_run(root, flags, capsys):
+    """The table and the lines below it."""
+    bgbias.print_results(bgbias.parse_args(["--runs", str(root), *flags.split()]))
+    before, table = capsys.readouterr().out.split("\ntest MAP@R, %\n")
+    lines = table.splitlines()
+    rows = next(i for i, line in enumerate(lines) if line.startswith(("not to be", "With", "all")))
+    return before, read_text("\n".join(lines[:rows])), lines[rows:]
+
+
+def test_end_of_a_run_beside_its_sibling(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    run = make_run(tmp_path, "cub200-triplet-base-s42", 0.25, 0.10)
+    make_run(tmp_path, "cub200-triplet-bgaugment-s42", 0.20, 0.15)
+    make_run(tmp_path, "cub200-triplet-base-s43", 0.01, 0.01)
+    before, table, lines = end_of_run(tmp_path, "--dataset cub200 --loss triplet", capsys)
+    others = {"query": "12.35", "object only": "20.00", "background only": "3.00"}
+    assert before == "" and table == {
+        "triplet": {"clean": "25.00", "replaced": "10.00", **others, BAR: "         ○━━━━━━━━━━━━━●"},
+        "triplet + BGAugment": {"clean": "20.00", "replaced": "15.00", **others,
+                                BAR: "              ○━━━●     "}}
+    assert lines == ["With other backgrounds triplet loses 60 % of its MAP@R.",
+                     "With other backgrounds triplet + BGAugment loses 25 % of its MAP@R.",
+                     f"all metrics: {run}/result.json"]
+
+
+def test_end_of_a_run_without_a_sibling(tmp_path, capsys):
+    run = make_run(tmp_path, "toy-arcface-bgaugment-s7", 0.0, 0.0)
+    before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --seed 7", capsys)
+    assert before == "" and list(table) == ["arcface + BGAugment"]
+    assert lines == [f"all metrics: {run}/result.json"]  # of nothing, no share is lost
+
+
+def test_end_of_a_run_beside_another_kind_of_run(tmp_path, capsys):
+    make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
+    make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags="--lr 1")
+    _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
+    assert list(table) == ["arcface", "arcface + BGAugment *"]
+    assert lines[0] == "not to be compared: one has the defaults, the other --lr 1.0"
+
+
+# ---- What a table has, by dataset ----------------------------------------------------------------
 
 
 def test_sop_has_its_own_k(tmp_path, capsys):
@@ -118,52 +297,90 @@ def test_sop_has_its_own_k(tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     result["test"]["clean"] = metrics(0.3, (1, 10, 100, 1000))
     (run / "result.json").write_text(json.dumps(result))
-    lines = tables(tmp_path, capsys)["Not in the paper: Recall@K, R-precision, %"]
-    assert rows(lines, "sop")[0][1::2][:4] == [f"recall@{k} clean" for k in (1, 10, 100, 1000)]
-
-
-def test_attention(tmp_path, capsys):
-    make_attention(make_run(tmp_path, "cub200-triplet-base-s1", 0.2, 0.1), 0.3, 0.08)
-    make_attention(make_run(tmp_path, "cub200-triplet-base-s2", 0.2, 0.1), 0.4, 0.12)
-    make_run(tmp_path, "cub200-arcface-base-s1", 0.2, 0.1)
-    run = make_run(tmp_path, "cub200-contrastive-base-s1", 0.2, 0.1)
-    (run / "attention.json").write_text("half a fi")
-    found = tables(tmp_path, capsys)
-    table = found["Table 2: attention score"]
-    assert rows(table, "triplet") == [["2", "0.35", "0.10", "0.07", "0.24 ± 0.08", "+0.11"]]
-    assert rows(table, "arcface") == [["0", "not run", "-", "-", "0.25 ± 0.08", "-"]]
-    assert rows(found["Table 1: MAP@R, %"], "arcface")[0][1] == "20.00"
-    assert rows(table, "contrastive")[0][0] == "0"
-    note, = [line for line in found["Notes"] if line.startswith("- ")]
-    assert note.startswith(f"- {run}: left out, not a result (JSONDecodeError")
-
-
-def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
-    flags = "--weights elsewhere/bn_inception-52deb4733.pth"
-    make_run(tmp_path, "cub200-triplet-base-s42", 0.4, 0.3, flags=flags)
-    assert "Notes" not in tables(tmp_path, capsys)
-
-
-def test_undefined_attention_is_no_figure(tmp_path, capsys):
-    make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
-    assert rows(tables(tmp_path, capsys)["Table 2: attention score"], "triplet")[-1] == [
-        "0", "not run", "-", "-"]
+    row = read_markdown(report(tmp_path, capsys)[1], "sop")["triplet"]
+    assert (row["R@1 clean"], row["clean - paper"]) == ("31.00", "-6.71")
 
 
 def test_toy_and_own_folders_have_no_paper(tmp_path, capsys):
     make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
     make_run(tmp_path, "photos-triplet-base-s42", 0.5, 0.3)
-    found = tables(tmp_path, capsys)
-    heads = [line for line in found["Table 1: MAP@R, %"] if "± seeds" in line]
-    assert sorted(line.split(" | ")[0] for line in heads) == ["| photos", "| toy"]
-    assert not any("paper" in line for line in heads)
-    assert "Notes" not in found  # toy's own defaults are no other settings
+    text, markdown = report(tmp_path, capsys)
+    assert re.findall("\n## (.*)", markdown) == ["photos", "toy"]
+    for dataset, clean in (("toy", "40.00"), ("photos", "50.00")):
+        row = read_markdown(markdown, dataset)["triplet"]
+        assert row["clean"] == clean and not any("paper" in heading for heading in row)
+    assert "*" not in text  # toy's own defaults are no other settings
+    assert "\nnot run at all: cars196, cub200, sop\n" in text
+
+
+def test_a_folder_of_the_same_name_has_a_table_of_its_own(tmp_path, capsys):
+    make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
+    make_run(tmp_path, "./cub200-triplet-base-s42", 0.5, 0.4)
+    make_run(tmp_path, "/elsewhere/sop-triplet-base-s42", 0.6, 0.4)
+    _, markdown = report(tmp_path, capsys)
+    assert re.findall("\n## (.*)", markdown) == ["cub200", "cub200-folder", "sop-folder"]
+    papers, own = (read_markdown(markdown, name)["triplet"] for name in ("cub200", "cub200-folder"))
+    assert (papers["clean"], papers["seeds"], papers["paper: clean"]) == ("20.00", "1", "18.29")
+    assert (own["clean"], own["seeds"]) == ("50.00", "1") and "paper: clean" not in own
+
+
+def test_attention(tmp_path, capsys):
+    make_attention(make_run(tmp_path, "cub200-triplet-base-s1", 0.2, 0.1), 0.3, 0.08)
+    make_attention(make_run(tmp_path, "cub200-triplet-base-s2", 0.2, 0.1), 0.4, 0.12)
+    make_run(tmp_path, "cub200-triplet-base-s3", 0.2, 0.1)  # its attention was not measured
+    make_run(tmp_path, "cub200-arcface-base-s1", 0.2, 0.1)
+    run = make_run(tmp_path, "cub200-contrastive-base-s1", 0.2, 0.1)
+    (run / "attention.json").write_text("half a fi")
+    _, markdown = report(tmp_path, capsys)
+    table = read_markdown(markdown, "cub200")
+    assert list(table) == ["triplet", "arcface"]
+    names = ("seeds", "attention", "± images", "paper: attention", "attention - paper")
+    assert [table["triplet"].get(name) for name in names] == [
+        "3", "0.35 ± 0.07", "0.10", "0.24 ± 0.08", "+0.11"]
+    assert [table["arcface"].get(name) for name in names] == ["1", None, None, "0.25 ± 0.08", None]
+    assert f"\nLeft out:\n\n- {run}: left out, not a result (JSONDecodeError" in markdown
+
+
+def test_undefined_attention_is_no_figure(tmp_path, capsys):
+    make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
+    row = read_markdown(report(tmp_path, capsys)[1], "toy")["triplet"]
+    assert row["clean"] == "40.00" and "attention" not in row and "± images" not in row
+
+
+def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
+    flags = "--weights elsewhere/bn_inception-52deb4733.pth"
+    make_run(tmp_path, "cub200-triplet-base-s42", 0.4, 0.3, flags=flags)
+    assert "*" not in report(tmp_path, capsys)[0]
+
+
+def test_one_unusual_seed_marks_the_row(tmp_path, capsys):
+    make_run(tmp_path, "cub200-triplet-base-s1", 0.4, 0.3)
+    run = make_run(tmp_path, "cub200-triplet-base-s2", 0.4, 0.3, flags="--epochs 9 --select replaced")
+    text, markdown = report(tmp_path, capsys)
+    assert read_markdown(markdown, "cub200")["triplet *"]["seeds"] == "2"
+    assert text.endswith(f":\n- {run}: --epochs 9 --select replaced\n")
+
+
+def test_older_results_without_a_condition(tmp_path, capsys):
+    run = make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1)
+    make_run(tmp_path, "cub200-arcface-bgaugment-s42", 0.3, 0.1)
+    result = json.loads((run / "result.json").read_text())
+    del result["test"]["query"]
+    (run / "result.json").write_text(json.dumps(result))
+    table = read_markdown(report(tmp_path, capsys)[1], "cub200")
+    assert "query" not in table["arcface"] and table["arcface"]["object only"] == "20.00"
+    assert table["arcface + BGAugment"]["query"] == "12.35"
+
+
+# ---- Odd files -----------------------------------------------------------------------------------
 
 
 def damage(run, kind):
     result = json.loads((run / "result.json").read_text())
     if kind == "no args":
         del result["args"]
+    elif kind == "no unusual":
+        del result["args"]["unusual"]
     elif kind == "no scores":
         result["test"] = {}
     elif kind == "text":
@@ -174,72 +391,63 @@ def damage(run, kind):
         result["args"]["loss"] = "magic"
     text = json.dumps([] if kind == "a list" else result)
     (run / "result.json").write_text(text[:-9] if kind == "cut" else text)
+    if kind in ("empty", "binary"):
+        (run / "result.json").write_bytes(b"\xff\x00" * (kind == "binary"))
     return run
 
 
-@pytest.mark.parametrize("kind", ["cut", "a list", "no args", "no scores", "text", "renamed",
-                                  "unknown loss"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "binary", "a list", "no args", "no unusual", "no scores",
+                                  "text", "renamed", "unknown loss"])
 def test_odd_files_are_named_and_left_out(tmp_path, capsys, kind):
     make_run(tmp_path, "cub200-arcface-bgaugment-s42", 0.2, 0.1)
     odd = damage(make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1), kind)
-    found = tables(tmp_path, capsys)
-    assert rows(found["Table 1: MAP@R, %"], "arcface")[0][:2] == ["0", "not run"]
-    assert rows(found["Table 1: MAP@R, %"], "arcface + BGAugment")[0][1] == "20.00"
-    note, = [line for line in found["Notes"] if line.startswith("- ")]
-    assert note.startswith(f"- {odd}: left out, not a result (")
-
-
-def test_older_results_without_a_condition(tmp_path, capsys):
-    run = make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1)
-    result = json.loads((run / "result.json").read_text())
-    del result["test"]["query"]
-    (run / "result.json").write_text(json.dumps(result))
-    row, = rows(tables(tmp_path, capsys)["Not in the paper: MAP@R, %"], "arcface")
-    assert row[1:4] == ["not run", "-", "-"] and row[4] == "20.00"
+    text, markdown = report(tmp_path, capsys)
+    table = read_markdown(markdown, "cub200")
+    assert list(table) == ["arcface + BGAugment"]
+    assert table["arcface + BGAugment"]["clean"] == "20.00"
+    for output in (text, markdown):
+        assert "cub200, not run: contrastive, " in output and ", arcface, normalized_softmax" in output
+        assert output.splitlines()[-1].startswith(f"- {odd}: left out, not a result (")
 
 
 def test_unfinished_runs_are_named(tmp_path, capsys):
     make_run(tmp_path, "cub200-arcface-base-s42", 0.2, 0.1)
-    run = make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
-    (run / "result.json").unlink()
-    (run / "log.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    for name, rows in (("cub200-triplet-base-s42", '{"epoch": 1}\n{"epoch": 2}\n'),
+                       ("cub200-contrastive-base-s42", None)):
+        run = make_run(tmp_path, name, 0.2, 0.1)
+        (run / "result.json").unlink()
+        if rows:
+            (run / "log.jsonl").write_text(rows)
     (tmp_path / "logs").mkdir()  # no run at all
-    found = tables(tmp_path, capsys)
-    assert found["Notes"][-1] == f"- {run}: not finished, 2 epochs so far"
+    text, _ = report(tmp_path, capsys)
+    assert text.endswith(f"\n\nLeft out:\n- {tmp_path}/cub200-contrastive-base-s42: not finished, 0 epochs "
+                         f"so far\n- {tmp_path}/cub200-triplet-base-s42: not finished, 2 epochs so far\n")
 
 
-@pytest.mark.parametrize("content", [[], ["cub200-triplet-base-s42"]])
-def test_nothing_to_report(tmp_path, content):
-    for name in content:
+@pytest.mark.parametrize("names, reason", [([], "train one"), (["cub200-triplet-base-s42"], "not finished")])
+def test_nothing_to_report(tmp_path, names, reason):
+    for name in names:
         (make_run(tmp_path, name, 0.2, 0.1) / "result.json").unlink()
-    with pytest.raises(UserError, match=f"--report {tmp_path}: no finished run; "):
+    with pytest.raises(UserError, match=f"--report {tmp_path}: no finished run; .*{reason}"):
         bgbias.report(tmp_path)
-    assert not (tmp_path / "report.png").exists()
+    assert not (tmp_path / "report.md").exists()
 
 
-def test_command_line(tmp_path):
-    command = [sys.executable, ROOT / "bgbias.py", "--report", tmp_path / "nowhere"]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr.startswith("bgbias.py: error: --report ")
-    assert len(failed.stderr.splitlines()) == 1
+def test_a_report_that_cannot_be_written(tmp_path):
+    make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match="report.md: could not be written .*; make room or choose"):
+        bgbias.report(tmp_path)
 
 
-def span(image, colour, y):
-    """First and last column of `colour` in the rows around y."""
-    found = np.all(np.abs(image[y - 3:y + 4].astype(int) - colour) < 8, axis=2).any(axis=0)
-    return np.flatnonzero(found)[[0, -1]]
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def test_chart(tmp_path, capsys):
-    """Ends of the bars of the first loss, measured in the picture: 0 is at 290 px, 30 at 770."""
-    make_run(tmp_path, "cub200-contrastive-base-s42", 0.25, 0.10)
-    make_run(tmp_path, "cub200-contrastive-bgaugment-s42", 0.20, 0.15)
-    make_run(tmp_path, "toy-triplet-base-s42", 0.5, 0.3)
-    tables(tmp_path, capsys)
-    picture = Image.open(tmp_path / "report.png")
-    assert picture.size == (2 * 800, 600)
-    image = np.asarray(picture.convert("RGB"))[:, 280:790]
-    base, bgaugment = span(image, (217, 95, 2), 85), span(image, (31, 120, 180), 120)
-    assert base == pytest.approx([290 + 160 - 9 - 280, 290 + 400 + 9 - 280], abs=3)
-    assert bgaugment == pytest.approx([290 + 240 - 9 - 280, 290 + 320 + 9 - 280], abs=3)
+def test_command_line_on_a_terminal_without_utf8(tmp_path):
+    make_triplets(tmp_path)
+    shown = subprocess.run([sys.executable, ROOT / "bgbias.py", "--report", tmp_path], capture_output=True,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"})
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    text = shown.stdout.decode("ascii")
+    assert "18.00 ? 1.00" in text and "? replaced  ? clean" in text
+    assert EXPECTED in (tmp_path / "report.md").read_text()

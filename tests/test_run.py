@@ -1,12 +1,19 @@
-"""Whole runs through the command line: resuming bit for bit, SIGTERM, errors, what a run writes."""
+"""Whole runs through the command line: resuming bit for bit, killed processes, errors, what a run writes."""
 
+import contextlib
+import gc
+import itertools
 import json
 import os
+import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter, namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +21,71 @@ import torch
 from PIL import Image
 
 import bgbias
-from conftest import ROOT
+from conftest import ROOT, write_image
 
 TINY = ("--dataset shop --data data --backbone smallconv --weights none --image-size 16 --epochs 3 "
-        "--iterations 4 --batch-size 8 --device cpu")
+        "--iterations 4 --batch-size 8 --lr 1e-3 --device cpu")
+RUN = "shop-contrastive-base-s42"
+TEST_CLASSES = range(11, 22)
 
 
-def bgbias_py(cwd, flags, **kwargs):
+def write_shop(folder):
+    """A shop of 22 classes x 4 photos: 8 classes for training, 3 for validation, 11 for testing."""
+    rng = np.random.default_rng(0)
+    for label, i in itertools.product(range(22), range(4)):
+        write_image(folder / f"shop/images/c{label:02d}/p{i}.jpg", rng)
+        write_image(folder / f"shop/masks/c{label:02d}/p{i}.png", rng, mode="L")
+    for part, i in itertools.product(("val", "test"), range(3)):
+        write_image(folder / f"data/unsplash_backgrounds/{part}/b{i}.jpg", rng, (50, 40))
+    return folder
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """The current folder, with the shop in it."""
+    monkeypatch.chdir(tmp_path)
+    return write_shop(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Sums depend on the number of threads, and so small a network is quicker with one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def finish(flags):
+    """The run in this process."""
+    bgbias.main(shlex.split(flags))
+
+
+def failure(flags, capsys):
+    """The one line that the command ends with, with exit code 2 and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        bgbias.command("bgbias.py", lambda: finish(flags))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+@pytest.fixture
+def end_workers():
+    """Ends the workers that a failed run leaves behind. A command ends with its process; here they
+    would wait for the garbage collector, which takes 5 s for each."""
+    yield
+    for thing in gc.get_objects():
+        if type(thing).__name__ == "_MultiProcessingDataLoaderIter":
+            thing._shutdown_workers()
+
+
+def bgbias_py(cwd, flags):
     """The finished process of `python bgbias.py FLAGS`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, ROOT / "bgbias.py", *shlex.split(flags)], cwd=cwd,
-                          env=environment, capture_output=True, text=True, **kwargs)
+                          env=environment, capture_output=True, text=True)
 
 
 def same(a, b):
@@ -38,8 +99,8 @@ def same(a, b):
     return a == b
 
 
-def checkpoints(run):
-    return [torch.load(run / name, weights_only=True) for name in ("last.pt", "best.pt")]
+def checkpoint(run, name):
+    return torch.load(run / name, weights_only=True)
 
 
 def log(run):
@@ -47,201 +108,473 @@ def log(run):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-class Killed(Exception):
-    pass
+def scores(run):
+    """The test figures."""
+    return json.loads((run / "result.json").read_text())["test"]
 
 
-@pytest.fixture
-def whole(shop, monkeypatch):
-    """An uninterrupted run in this process: its checkpoints, log and test figures."""
-    monkeypatch.chdir(shop)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    return shop
+def assert_same_runs(a, b):
+    for name in ("last.pt", "best.pt"):
+        assert same(checkpoint(a, name), checkpoint(b, name)), name
+    assert log(a) == log(b)
+    assert scores(a) == scores(b)
 
 
-def finish(flags):
-    bgbias.main(shlex.split(flags))
+# ---- Killed and started again --------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What bgbias.py has no handler for, as kill -9 leaves it no time for one."""
+
+
+def die_at(monkeypatch, owner, name, call, flags):
+    """A run that dies in that call, from 1, of owner.name."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            finish(flags)
 
 
 @pytest.mark.parametrize("loss, flags", [
     ("contrastive", ""), ("normalized_softmax", "--bgaugment"),
-    ("triplet", "--bgaugment --backbone squeezenet1_1 --image-size 32")])  # this one has dropout
-def test_killed_anywhere_and_resumed_is_uninterrupted(whole, monkeypatch, loss, flags):
+    ("triplet", "--bgaugment --backbone squeezenet1_1 --image-size 32 --lr 1e-4")])  # it has dropout
+def test_killed_in_any_epoch_and_resumed_is_uninterrupted(shop, monkeypatch, loss, flags):
     flags = f"{TINY} --loss {loss} {flags}"
     kind = "bgaugment" if "--bgaugment" in flags else "base"
     finish(f"{flags} --runs a")
-    a, b = whole / f"a/shop-{loss}-{kind}-s42", whole / f"b/shop-{loss}-{kind}-s42"
-    step = bgbias.Trainer.train_step
-    for kill in (2, 5, 11):  # in the first epoch, in the second, in the last, as kill -9 would
-        seen = []
-
-        def dying(self, *batch):
-            seen.append(1)
-            if len(seen) == kill:
-                raise Killed
-            return step(self, *batch)
-
-        monkeypatch.setattr(bgbias.Trainer, "train_step", dying)
-        with pytest.raises(Killed):
-            finish(f"{flags} --runs b --fresh")
-        assert not (b / "result.json").exists()
-        monkeypatch.setattr(bgbias.Trainer, "train_step", step)
+    a, b = (shop / runs / f"shop-{loss}-{kind}-s42" for runs in "ab")
+    assert len(log(a)) == 3 and log(a)[0]["clean"] != log(a)[2]["clean"]
+    for step in (2, 6, 11):  # in the first epoch, in the second, in the last
+        die_at(monkeypatch, torch.optim.RMSprop, "step", step, f"{flags} --runs b")
+        assert (b / "last.pt").exists() == (step > 4) and not (b / "result.json").exists()
         finish(f"{flags} --runs b")
-        assert all(map(same, checkpoints(a), checkpoints(b)))
-        assert log(a) == log(b)
-        results = [json.loads((run / "result.json").read_text()) for run in (a, b)]
-        assert results[0]["test"] == results[1]["test"]
+        assert_same_runs(a, b)
+        shutil.rmtree(b)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 12])  # 4 and 12 end an epoch
-def test_sigterm_after_any_batch_saves_the_state(whole, monkeypatch, stop):
-    """The flag that SIGTERM sets, set after batch `stop`, stops the run there; the next one goes on."""
-    flags = f"{TINY} --loss arcface"
+def test_killed_before_any_file_is_renamed(shop, monkeypatch):
+    """Between best.pt, log.jsonl and last.pt of an epoch, after the training, before result.json."""
+    flags, renamed, replace = f"{TINY} --epochs 2", [], Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *paths: renamed.append(paths[1].name) or replace(*paths))
+        finish(f"{flags} --runs a")
+    assert renamed == ["config.json", *["best.pt", "log.jsonl", "last.pt"] * 2, "result.json"]
+    for rename in range(1, len(renamed) + 1):
+        die_at(monkeypatch, Path, "replace", rename, f"{flags} --runs b")
+        finish(f"{flags} --runs b")
+        assert_same_runs(shop / "a" / RUN, shop / "b" / RUN)
+        shutil.rmtree("b")
+
+
+def test_killed_twice(shop, monkeypatch):
+    finish(f"{TINY} --runs a")
+    for _ in range(2):
+        die_at(monkeypatch, torch.optim.RMSprop, "step", 6, f"{TINY} --runs b")
+    assert len(log(shop / "b" / RUN)) == 2  # each went one epoch further
+    finish(f"{TINY} --runs b")
+    assert_same_runs(shop / "a" / RUN, shop / "b" / RUN)
+
+
+def test_going_on_needs_no_pretrained_weights(shop, monkeypatch):
+    torch.save(bgbias.build_backbone("smallconv", "none").state_dict(), "mine.pth")
+    flags = f"{TINY} --weights mine.pth"
     finish(f"{flags} --runs a")
-    step, seen = bgbias.Trainer.train_step, []
-
-    def flagged(self, *batch):
-        seen.append(1)
-        if len(seen) == stop:
-            bgbias.STOP.append(True)
-        return step(self, *batch)
-
-    monkeypatch.setattr(bgbias.Trainer, "train_step", flagged)
-    with pytest.raises(bgbias.Stopped):
-        finish(f"{flags} --runs b")
-    bgbias.STOP.clear()
+    die_at(monkeypatch, torch.optim.RMSprop, "step", 6, f"{flags} --runs b")
+    (shop / "mine.pth").unlink()
     finish(f"{flags} --runs b")
-    assert len(seen) == 12  # no batch was trained twice
-    name = "shop-arcface-base-s42"
-    assert all(map(same, checkpoints(whole / "a" / name), checkpoints(whole / "b" / name)))
+    assert_same_runs(shop / "a" / RUN, shop / "b" / RUN)
 
 
-def test_sigterm_to_the_process(shop):
-    command = [sys.executable, ROOT / "bgbias.py", *shlex.split(TINY), "--epochs", "500", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=shop, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    run = shop / "runs/shop-contrastive-base-s42"
-    while not (run / "best.pt").exists() and process.poll() is None:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)  # to the workers too, as a scheduler does
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert error == "bgbias.py: SIGTERM, all is saved; the same command goes on\n"
-    assert torch.load(run / "last.pt", weights_only=True)["progress"]["epoch"] > 1
-    assert not [path for path in run.iterdir() if ".tmp" in path.name]
+def test_interrupted_before_anything_is_learned_takes_other_arguments(shop, monkeypatch):
+    die_at(monkeypatch, torch.optim.RMSprop, "step", 1, TINY)
+    finish(f"{TINY} --epochs 1")
+    config = json.loads((shop / "runs" / RUN / "config.json").read_text())
+    assert config["args"]["epochs"] == 1
+
+
+# ---- Real processes ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(folder, flags):
+    """A run in the background after its first epoch, with its stderr in folder/stderr. It leads a
+    process group with its workers, as in a terminal, of which nothing is left afterwards."""
+    command = [sys.executable, ROOT / "bgbias.py", *shlex.split(flags)]
+    with open(folder / "stderr", "w") as stderr:
+        started = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stderr,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        wait_for(lambda: list(folder.glob("*/*/last.pt")), started)
+        yield started
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+
+
+def wait_for(condition, process):
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder and flags of a run of some seconds that nothing disturbed, without workers."""
+    folder = write_shop(tmp_path_factory.mktemp("undisturbed"))
+    flags = f"{TINY} --epochs 10 --iterations 30"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finish(f"{flags} --workers 0")
+    return folder / "runs" / RUN, flags
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_killed_processes_go_on(shop, undisturbed, name):
+    whole, flags = undisturbed
+    delay = random.uniform(0, 0.3)
+    print(f"{name} after {delay} s")  # which pytest shows if the test fails
+    run = shop / "runs" / RUN
+    with process(shop, f"{flags} --workers 1") as started:
+        time.sleep(delay)
+        if name == "SIGKILL":  # it alone, as the kernel does that is short of memory
+            started.send_signal(signal.SIGKILL)
+        else:  # it and its workers, as a scheduler and a terminal do
+            os.killpg(started.pid, getattr(signal, name))
+        code = started.wait(timeout=60)
+    if name == "SIGINT":
+        error = (shop / "stderr").read_text()
+        assert code == 130 and "Traceback" not in error
+        assert error.endswith("bgbias.py: interrupted; the same command goes on\n")
+        assert not list(shop.glob("runs/*/*.tmp*"))
+    else:
+        assert code == -getattr(signal, name)
+    assert 1 <= len(log(run)) < 10 and not (run / "result.json").exists()
+    finish(f"{flags} --workers 0")
+    assert_same_runs(whole, run)
+
+
+def children(parent):
+    """The ids of the processes that it started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # those that ended meanwhile
+            if int(file.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc to find it in")
+def test_a_worker_that_dies_ends_the_run(shop):
+    with process(shop, f"{TINY} --epochs 1000 --patience 1000 --iterations 100 --workers 1") as started:
+        epochs = len(log(shop / "runs" / RUN))
+        last = (shop / "runs" / RUN / "last.pt").stat().st_mtime_ns
+        wait_for(lambda: (shop / "runs" / RUN / "last.pt").stat().st_mtime_ns > last, started)
+        os.kill(children(started.pid)[0], signal.SIGKILL)  # while the next epoch is trained
+        assert started.wait(timeout=60) == 2
+    line, = [line for line in (shop / "stderr").read_text().splitlines() if line]
+    assert line.startswith("bgbias.py: error: --workers: a process that prepares batches died")
+    assert "The same command goes on" in line
+    assert len(log(shop / "runs" / RUN)) > epochs
+
+
+# ---- What a run writes ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A base and a BGAugment run, finished, of a tiny shop."""
-    from conftest import shop
+    """A folder with a finished base and BGAugment run, and the process of the first."""
+    folder = write_shop(tmp_path_factory.mktemp("finished"))
+    base = bgbias_py(folder, TINY)
+    assert (base.returncode, base.stderr) == (0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finish(f"{TINY} --bgaugment --nmi")
+    return folder, base
 
-    folder = shop.__wrapped__(tmp_path_factory.mktemp("finished"))
-    first = bgbias_py(folder, TINY)
-    assert (first.returncode, first.stderr) == (0, "")
-    return folder, first, bgbias_py(folder, f"{TINY} --bgaugment --nmi")
 
-
-def test_what_a_run_prints_and_writes(finished):
-    folder, base, bgaugment = finished
-    run = folder / "runs/shop-contrastive-base-s42"
+def test_what_a_run_writes(finished):
+    run = finished[0] / "runs" / RUN
     assert sorted(path.name for path in run.iterdir()) == [
         "best.pt", "config.json", "last.pt", "log.jsonl", "result.json"]
+    config = json.loads((run / "config.json").read_text())
+    result = json.loads((run / "result.json").read_text())
+    assert {"git", "torch", "torchvision", "numpy", "python", "device"} <= config.keys()
+    assert config["args"] == result["args"]
+    assert config["args"]["loss"] == "contrastive" and config["args"]["select"] == "clean"
+    assert config["args"]["unusual"] == [
+        "--epochs 3", "--iterations 4", "--batch-size 8", "--lr 0.001", "--backbone smallconv",
+        "--weights none", "--image-size 16", "--backgrounds data/unsplash_backgrounds (3 and 3 photos)"]
+    assert [row["epoch"] for row in log(run)] == [1, 2, 3]
+    assert result["epochs"] == 3 and result["seconds"] > 0
+    last, best = checkpoint(run, "last.pt"), checkpoint(run, "best.pt")
+    assert last.keys() == {"network", "class_weights", "optimiser", "history"}
+    assert best.keys() == {"network", "class_weights", "history"}
+    assert last["history"] == [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert best["history"] == last["history"][:result["best_epoch"]]
+
+
+def test_what_a_run_prints(finished, monkeypatch, capsys):
+    folder, base = finished
     lines = [line for line in base.stdout.splitlines() if line.startswith("epoch")]
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
-    config = json.loads((run / "config.json").read_text())
-    assert config["args"]["loss"] == "contrastive" and config["args"]["select"] == "clean"
-    assert {"git", "torch", "torchvision", "numpy", "python", "device"} <= config.keys()
-    assert [row["epoch"] for row in log(run)] == [1, 2, 3]
-    assert "contrastive, base" in base.stdout and "contrastive, BGAugment" not in base.stdout
-    assert "contrastive, base" in bgaugment.stdout and "contrastive, BGAugment" in bgaugment.stdout
+    assert "contrastive *" in base.stdout and "contrastive + BGAugment" not in base.stdout
+    assert base.stdout.endswith(f"all metrics: runs/{RUN}/result.json\n")
+    monkeypatch.chdir(folder)
+    finish(f"{TINY} --bgaugment --nmi")  # done: it prints the same again, and its sibling's results
+    table, first, second, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert table.startswith("contrastive + BGAugment *")
+    for name, kind, line in (("contrastive", "base", first),
+                             ("contrastive + BGAugment", "bgaugment", second)):
+        test = scores(folder / f"runs/shop-contrastive-{kind}-s42")
+        lost = 100 - 100 * test["replaced"]["mean"]["map@r"] / test["clean"]["map@r"]
+        assert line == f"With other backgrounds {name} loses {lost:.0f} % of its MAP@R."
 
 
 def test_test_figures_by_hand(finished):
     """Conditions of result.json against embeddings made here, photo by photo, with PIL and loops."""
-    folder, _, _ = finished
-    run = folder / "runs/shop-contrastive-base-s42"
-    model = bgbias.Embedder("smallconv", "none", 16)
-    model.load_state_dict(torch.load(run / "best.pt", weights_only=True)["model"])
-    model.eval()
+    folder, _ = finished
+    network = bgbias.Embedder("smallconv", "none", 16)
+    network.load_state_dict(checkpoint(folder / "runs" / RUN, "best.pt")["network"])
+    network.eval()
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     embeddings = {"clean": [], "object_only": [], "background_only": []}
-    for label in range(4, 9):
-        for i in range(4):
-            photo, mask = (Image.open(folder / f"shop/{kind}") for kind in
-                           (f"images/c{label}/p{i}.jpg", f"masks/c{label}/p{i}.png"))
-            box = (3, 1, 19, 17)  # 40 x 32 -> 22 x 18 -> the middle 16 x 16
-            photo, mask = (np.asarray(x.resize((22, 18), Image.BILINEAR).crop(box), float) for x in (photo, mask))
-            mask = mask[..., None] / 255
-            for name, pixels in (("clean", photo), ("object_only", photo * mask + mean * (1 - mask)),
-                                 ("background_only", photo * (1 - mask) + mean * mask)):
-                x = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)
-                embeddings[name].append(model(x[None])[0].detach().numpy())
-    scores = json.loads((run / "result.json").read_text())["test"]
-    labels = np.repeat(range(5), 4)
+    for label, i in itertools.product(TEST_CLASSES, range(4)):
+        photo, mask = (Image.open(folder / f"shop/{kind}") for kind in
+                       (f"images/c{label:02d}/p{i}.jpg", f"masks/c{label:02d}/p{i}.png"))
+        box = (3, 1, 19, 17)  # 40 x 32 -> 22 x 18 -> the middle 16 x 16
+        photo, mask = (np.asarray(x.resize((22, 18), Image.BILINEAR).crop(box), float) for x in (photo, mask))
+        mask = mask[..., None] / 255
+        for name, pixels in (("clean", photo), ("object_only", photo * mask + mean * (1 - mask)),
+                             ("background_only", photo * (1 - mask) + mean * mask)):
+            x = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)
+            embeddings[name].append(network(x[None])[0].detach().numpy())
+    test = scores(folder / "runs" / RUN)
+    labels = np.repeat(TEST_CLASSES, 4)
     for name, e in embeddings.items():
-        gaps = ((np.array(e)[:, None] - np.array(e)) ** 2).sum(-1) + np.diag([np.inf] * 20)
+        gaps = ((np.array(e)[:, None] - np.array(e)) ** 2).sum(-1) + np.diag([np.inf] * len(e))
         right = labels[np.argsort(gaps, axis=1)[:, :3]] == labels[:, None]
         precision = np.cumsum(right, axis=1) / [1, 2, 3]
-        assert scores[name]["map@r"] == pytest.approx((right * precision).sum(1).mean() / 3, abs=1e-6)
-        assert scores[name]["r_precision"] == pytest.approx(right.mean(), abs=1e-6)
-        assert scores[name]["recall@1"] == pytest.approx(right[:, 0].mean(), abs=1e-6)
+        assert test[name]["map@r"] == pytest.approx((right * precision).sum(1).mean() / 3, abs=1e-6)
+        assert test[name]["r_precision"] == pytest.approx(right.mean(), abs=1e-6)
+        assert test[name]["recall@1"] == pytest.approx(right[:, 0].mean(), abs=1e-6)
 
 
 def test_spread_of_the_draws(finished):
-    folder, _, _ = finished
-    scores = json.loads((folder / "runs/shop-contrastive-bgaugment-s42/result.json").read_text())["test"]
+    test = scores(finished[0] / "runs/shop-contrastive-bgaugment-s42")
     for name in ("replaced", "query"):
-        draws = [draw["map@r"] for draw in scores[name]["draws"]]
+        draws = [draw["map@r"] for draw in test[name]["draws"]]
         assert len(draws) == 5 and len(set(draws)) > 1
-        assert scores[name]["mean"]["map@r"] == pytest.approx(sum(draws) / 5)
+        assert test[name]["mean"]["map@r"] == pytest.approx(sum(draws) / 5)
         variance = sum((d - sum(draws) / 5) ** 2 for d in draws) / 4
-        assert scores[name]["std"]["map@r"] == pytest.approx(variance ** 0.5)
-    assert 0 <= scores["clean"]["nmi"] <= 1
+        assert test[name]["std"]["map@r"] == pytest.approx(variance ** 0.5)
+    assert 0 <= test["clean"]["nmi"] <= 1
 
 
 def test_done_runs_are_not_repeated_and_can_be_tested_again(finished, monkeypatch, capsys):
-    folder, base, _ = finished
+    folder, _ = finished
     monkeypatch.chdir(folder)
-    run = folder / "runs/shop-contrastive-base-s42"
-    before = (run / "last.pt").stat().st_mtime_ns
+    run = folder / "runs" / RUN
+    trained, before = (run / "last.pt").stat().st_mtime_ns, scores(run)
+    tested = (run / "result.json").stat().st_mtime_ns
     finish(TINY)
-    assert "is done" in capsys.readouterr().out
-    result = json.loads((run / "result.json").read_text())
+    assert f"{RUN} is done; to test it again delete its result.json" in capsys.readouterr().out
+    assert (run / "result.json").stat().st_mtime_ns == tested
     (run / "result.json").unlink()
-    assert bgbias_py(folder, f"{TINY} --test-only --workers 2").returncode == 0
-    assert json.loads((run / "result.json").read_text())["test"] == result["test"]
-    assert (run / "last.pt").stat().st_mtime_ns == before
+    finish(f"{TINY} --workers 2")
+    assert scores(run) == before
+    assert (run / "last.pt").stat().st_mtime_ns == trained
 
 
-def test_untrained_network(whole):
+@pytest.mark.parametrize("flags", ["--nmi", "--backbone squeezenet1_1 --image-size 32 --lr 1e-4"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4")
+def test_workers_change_nothing(shop, flags):
+    """Nor do they if the network has dropout, as the second has."""
+    for workers in (0, 1, 4):
+        finish(f"{TINY} --bgaugment {flags} --workers {workers} --runs {workers}")
+        assert_same_runs(*(shop / runs / "shop-contrastive-bgaugment-s42" for runs in ("0", str(workers))))
+
+
+def test_untrained_network(shop):
     finish(f"{TINY} --epochs 0")
-    result = json.loads((whole / "runs/shop-contrastive-base-s42/result.json").read_text())
-    assert result["epochs"] == 0 and 0 <= result["test"]["clean"]["map@r"] <= 1
+    run = shop / "runs" / RUN
+    result = json.loads((run / "result.json").read_text())
+    assert (result["epochs"], result["best_epoch"]) == (0, 0)
+    torch.manual_seed(bgbias.seed_of(42, bgbias.INIT))
+    untrained = bgbias.Embedder("smallconv", "none", 16).state_dict()
+    assert same(checkpoint(run, "best.pt")["network"], dict(untrained))
 
 
-def test_selection_follows_the_flag(shop, monkeypatch):
-    monkeypatch.chdir(shop)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for flags, kind, key in (("", "base", "clean"), ("--bgaugment", "bgaugment", "corrupted"),
-                             ("--select corrupted --runs ablation", "base", "corrupted")):
+def test_selection_follows_the_flag(shop):
+    best_epochs = []
+    for flags, kind, key in (("", "base", "clean"), ("--bgaugment", "bgaugment", "replaced"),
+                             ("--select replaced --runs ablation", "base", "replaced")):
         finish(f"{TINY} --epochs 4 {flags}")
         run = shop / ("ablation" if "ablation" in flags else "runs") / f"shop-contrastive-{kind}-s42"
-        scores = [row[key]["map@r"] for row in log(run)]
-        best = torch.load(run / "best.pt", weights_only=True)["progress"]
-        assert best["best"] == max(scores) and best["best_epoch"] == scores.index(max(scores)) + 1
+        selected = [row[key]["map@r"] for row in log(run)]
+        best = 1 + selected.index(max(selected))
+        assert json.loads((run / "result.json").read_text())["best_epoch"] == best
+        assert len(checkpoint(run, "best.pt")["history"]) == best
+        best_epochs.append(best)
+    assert best_epochs[0] != best_epochs[2]  # the flag makes a difference here
 
 
-def test_patience(whole):
-    finish(f"{TINY} --lr 0 --epochs 50 --patience 2")  # nothing is learned, so the drawn crops decide
-    run = whole / "runs/shop-contrastive-base-s42"
-    assert len(log(run)) == 3 and log(run)[-1]["best_epoch"] == 1  # clean validation never changes
+def test_patience(shop):
+    finish(f"{TINY} --lr 0 --epochs 50 --patience 2")  # nothing is learned: equal scores are no better
+    run = shop / "runs" / RUN
+    result = json.loads((run / "result.json").read_text())
+    assert (len(log(run)), result["epochs"], result["best_epoch"]) == (3, 3, 1)
 
 
-ERRORS = {  # flags or damage: what the one line says
+def test_loss_that_is_not_finite_keeps_the_good_checkpoint(shop, monkeypatch):
+    step, steps = torch.optim.RMSprop.step, itertools.count(1)
+
+    def poisoned(self, *args):
+        step(self, *args)
+        if next(steps) == poison:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.RMSprop, "step", poisoned)
+    for poison, runs, what in ((6, "a", "the loss is nan"), (8, "b", "the embeddings are not finite")):
+        steps = itertools.count(1)
+        with pytest.raises(bgbias.UserError, match=f"--lr 0.001: {what} in epoch 2; give a lower --lr"):
+            finish(f"{TINY} --runs {runs}")  # in the midst of the second epoch, in its last step
+        last = checkpoint(shop / runs / RUN, "last.pt")
+        assert len(last["history"]) == 1
+        assert all(value.isfinite().all() for value in last["network"].values())
+
+
+def test_streaming_gives_the_same_run(shop, monkeypatch, capsys):
+    finish(f"{TINY} --runs a --bgaugment")
+    monkeypatch.setattr(bgbias, "free_memory", lambda: 1000)
+    finish(f"{TINY} --runs b --bgaugment")
+    assert "do not fit in the 0.0 GiB free: decoding at every use" in capsys.readouterr().out
+    name = "shop-contrastive-bgaugment-s42"
+    assert_same_runs(shop / "a" / name, shop / "b" / name)
+
+
+def test_photos_are_decoded_once_a_run(shop, monkeypatch):
+    opened = Counter()
+    real = bgbias.open_rgb
+    monkeypatch.setattr(bgbias, "open_rgb", lambda path: opened.update([path]) or real(path))
+    finish(f"{TINY} --bgaugment")
+    assert len(opened) == 2 * 22 * 4 + 2 * 3  # photos, masks, backgrounds
+    assert max(opened.values()) <= 2  # some were opened before, to see how large they are
+    for label, i in itertools.product(TEST_CLASSES, range(4)):
+        assert opened[Path(f"shop/images/c{label:02d}/p{i}.jpg")] == 1
+
+
+def test_fewer_classes_than_a_batch_wants(shop):
+    finish(f"{TINY} --loss normalized_softmax --batch-size 32")  # of 8 classes
+    assert bgbias.images_per_class("normalized_softmax", 32, 8) == 4
+    assert bgbias.images_per_class("normalized_softmax", 8, 3) == 4
+    assert bgbias.images_per_class("normalized_softmax", 32, 32) == 1
+    assert bgbias.images_per_class("triplet", 32, 100) == 4
+
+
+@pytest.mark.parametrize("flags, unusual", [
+    ("", []), ("--dataset cub200", []), ("--dataset cub200 --bgaugment --select replaced", []),
+    ("--dataset cub200 --select replaced", ["--select replaced"]),
+    ("--dataset sop --epochs 15 --image-size 227", ["--epochs 15"]),
+    ("--epochs 15 --image-size 227", ["--image-size 227"]),
+    ("--dataset cub200 --lr 1e-5 --backbone resnet50", ["--lr 1e-05", "--backbone resnet50"]),
+    ("--dataset cub200 --weights fetched/bn_inception-52deb4733.pth", []),
+    ("--dataset cub200 --seed 3 --data d --runs r --workers 3 --device cpu --nmi", [])])
+def test_what_is_unlike_the_paper(flags, unusual):
+    assert bgbias.parse_args(flags.split()).unusual == unusual
+
+
+# ---- Backgrounds and folders of one's own --------------------------------------------------------
+
+
+def pool(folder, val, test):
+    """A pool of so many photos, which nobody opens."""
+    for part, photos in (("val", val), ("test", test)):
+        (folder / part).mkdir(parents=True)
+        for i in range(photos):
+            (folder / part / f"{i}.jpg").touch()
+
+
+def unusual_backgrounds(*flags):
+    args = bgbias.parse_args(["--data", "data", *flags])
+    bgbias.check_backgrounds(args)
+    return args.unusual
+
+
+def test_the_papers_pool_may_lie_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool(tmp_path / "data/unsplash_backgrounds", 100, 100)
+    pool(tmp_path / "disk/unsplash_backgrounds", 100, 100)
+    pool(tmp_path / "data/toy/backgrounds", 100, 100)
+    assert unusual_backgrounds("--dataset", "cub200") == []
+    assert unusual_backgrounds("--dataset", "cub200", "--backgrounds", "disk/unsplash_backgrounds") == []
+    assert unusual_backgrounds("--dataset", "photos") == []
+    assert unusual_backgrounds() == []  # toy has its own
+    assert unusual_backgrounds("--backgrounds", "data/unsplash_backgrounds") == [
+        "--backgrounds data/unsplash_backgrounds (100 and 100 photos)"]
+
+
+def test_another_pool_is_marked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool(tmp_path / "mine", 100, 100)
+    pool(tmp_path / "disk/unsplash_backgrounds", 99, 100)
+    for folder, counts in (("mine", "100 and 100"), ("disk/unsplash_backgrounds", "99 and 100")):
+        assert unusual_backgrounds("--dataset", "cub200", "--backgrounds", folder) == [
+            f"--backgrounds {folder} ({counts} photos)"]
+
+
+@pytest.mark.parametrize("val, test", [(99, 100), (100, 101)])
+def test_an_incomplete_pool_is_an_error(tmp_path, monkeypatch, val, test):
+    monkeypatch.chdir(tmp_path)
+    pool(tmp_path / "data/unsplash_backgrounds", val, test)
+    for dataset in bgbias.PAPER:
+        with pytest.raises(bgbias.UserError, match=f"data/unsplash_backgrounds: {val} and {test} photos in "
+                                                   "val/ and test/ instead of 100 each; .* --backgrounds"):
+            unusual_backgrounds("--dataset", dataset)
+    assert unusual_backgrounds("--dataset", "photos") == [
+        f"--backgrounds data/unsplash_backgrounds ({val} and {test} photos)"]
+
+
+def test_missing_test_backgrounds_are_found_before_training(shop, capsys):
+    shutil.rmtree(shop / "data/unsplash_backgrounds/test")
+    assert "no photos in data/unsplash_backgrounds/test; see README" in failure(TINY, capsys)
+    assert not (shop / "runs").exists()
+
+
+@pytest.mark.parametrize("name", bgbias.SPLITS)
+def test_a_folder_is_never_called_like_a_dataset(shop, capsys, name):
+    (shop / "shop").rename(shop / name)
+    args = bgbias.parse_args(["--dataset", name])
+    assert bgbias.run_folder(args, "base") == Path(f"runs/{name}-contrastive-base-s42")
+    for dataset in (f"./{name}", f"{name}/", f"{shop}/{name}"):
+        args = bgbias.parse_args(["--dataset", dataset])
+        assert bgbias.run_folder(args, "base") == Path(f"runs/{name}-folder-contrastive-base-s42")
+    finish(f"{TINY} --epochs 0 --dataset ./{name}")
+    capsys.readouterr()
+    finish("--report runs")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{name}-folder" in lines and name not in lines
+    assert not any("paper: " in line for line in lines)
+    assert "not run at all: cars196, cub200, sop" in lines
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+ERRORS = {  # flags: what the one line says
     "--loss nonsense": "invalid choice: 'nonsense'",
     "--epochs -1": "-1 is not a number from 0 up",
     "--lr nan": "nan is not a number from 0 up",
+    "--select corrupted": "invalid choice: 'corrupted'",
     "--dataset nowhere": "--dataset nowhere: neither cars196",
     "--dataset cub200": "--data data: no cub200 in it, looked for CUB_200_2011/images",
     "--backgrounds none": "--backgrounds none: no photos in none/val",
@@ -249,23 +582,34 @@ ERRORS = {  # flags or damage: what the one line says
     "--backbone vit_b_16": "--image-size 16: not for vit_b_16",
     "--weights imagenet": "--weights imagenet: smallconv has none",
     "--weights missing.pth": "--weights missing.pth:",
-    "--weights shop/images/c0/p0.jpg": "--weights shop/images/c0/p0.jpg:",
-    "--device cuda:99": "--device cuda:99:",
-    "--device nonsense": "--device nonsense:",
+    "--weights shop/images/c00/p0.jpg": "--weights shop/images/c00/p0.jpg:",
+    "--device meta": "--device meta: ",
+    "--device cuda:99": "--device cuda:99: ",
+    "--device nonsense": "--device nonsense: ",
+    "--batch-size 1": "1 is not a number from 2 up",
     "--batch-size 2": "--batch-size 2: not 4 images or more of each of two",
-    "--lr 1e30": "--lr 1e+30: the loss is nan in epoch 1",
-    "--test-only": "--test-only: no best.pt in runs/shop-contrastive-base-s42",
-    "--runs shop/images/c0/p0.jpg": "p0.jpg",
+    "--batch-size 3": "--batch-size 3: not 4 images or more of each of two",
+    "--report ''": "--report '': no such folder",
+    "--report nowhere": "--report 'nowhere': no such folder",
+    "--report shop/images/c00/p0.jpg": "--report 'shop/images/c00/p0.jpg': no such folder",
 }
 
 
+@pytest.fixture(scope="module")
+def plain_shop(tmp_path_factory):
+    """The shop for commands that write nothing."""
+    return write_shop(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize("flags", ERRORS)
-def test_errors_are_one_line_and_exit_2(whole, capsys, flags):
-    with pytest.raises(SystemExit) as ended:
-        bgbias.command("bgbias.py", lambda: finish(f"{TINY} {flags}"))
-    assert ended.value.code == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    assert ERRORS[flags] in line and "error: " in line
+def test_a_wrong_command_is_one_line_and_leaves_nothing(plain_shop, monkeypatch, capsys, flags):
+    monkeypatch.chdir(plain_shop)
+    assert ERRORS[flags] in failure(f"{TINY} {flags}", capsys)
+    assert sorted(path.name for path in plain_shop.iterdir()) == ["data", "shop"]
+
+
+def test_a_wrong_lr_is_one_line(shop, capsys):
+    assert "--lr 1e+30: the loss is nan in epoch 1; give a lower" in failure(f"{TINY} --lr 1e30", capsys)
 
 
 def test_errors_have_no_traceback(shop):
@@ -275,135 +619,156 @@ def test_errors_have_no_traceback(shop):
                              "see README, Data\n")
 
 
-def test_damaged_files_are_named(whole):
-    (whole / "shop/images/c0/p0.jpg").write_bytes(b"no photo")
-    with pytest.raises(OSError, match="shop/images/c0/p0.jpg"):  # which command() prints
-        finish(TINY)
-    Image.new("RGB", (40, 32)).save(whole / "shop/images/c0/p0.jpg")
-    Image.new("L", (10, 10)).save(whole / "shop/masks/c8/p3.png")  # a test photo, read by a worker
-    failed = bgbias_py(whole, f"{TINY} --fresh --workers 1")
-    assert failed.returncode == 2
-    assert failed.stderr == ("bgbias.py: error: shop/masks/c8/p3.png: its size is (10, 10), the photo's is "
-                             "(40, 32); delete it and run masks.py\n")
+def test_bugs_keep_their_traceback():
+    def buggy():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        bgbias.command("bgbias.py", buggy)
 
 
-def test_a_wrong_first_command_leaves_nothing(whole, capsys):
-    for flags in ("--dataset nope", "--backbone nope", "--backgrounds nope"):
-        with pytest.raises(bgbias.UserError):
-            finish(f"{TINY} {flags}")
-        assert not (whole / "runs").exists()
+def test_damaged_photos_are_named(shop, capsys, end_workers):
+    (shop / "shop/images/c00/p0.jpg").write_bytes(b"no photo")
+    line = failure(TINY, capsys)
+    assert line.startswith("bgbias.py: error: shop/images/c00/p0.jpg: no readable image (")
+    Image.new("RGB", (40, 32)).save(shop / "shop/images/c00/p0.jpg")
+    Image.new("L", (10, 10)).save(shop / "shop/masks/c21/p3.png")  # a test photo, read by a worker
+    assert failure(f"{TINY} --workers 1", capsys) == (
+        "bgbias.py: error: shop/masks/c21/p3.png: its size is (10, 10), the photo's is (40, 32); "
+        "delete it and run masks.py")
 
 
-def test_a_wrong_fresh_start_deletes_nothing(whole):
-    finish(f"{TINY} --epochs 1")
-    run = whole / "runs/shop-contrastive-base-s42"
-    for flags in ("--backgrounds nope", "--device cuda:99", "--backbone nope", "--weights nope"):
-        with pytest.raises(bgbias.UserError):
-            finish(f"{TINY} --fresh {flags}")
-        assert (run / "result.json").exists()
-    finish(f"{TINY} --epochs 2 --fresh")
-    assert len(log(run)) == 2
+needs_shm = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
 
 
-def test_finished_without_checkpoints_is_still_that_run(whole, capsys):
+@needs_shm
+def test_little_shared_memory_is_found_before_training(shop, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(2**26, 2**26, 2**16))
+    line = failure(f"{TINY} --workers 8", capsys)
+    assert line.startswith("bgbias.py: error: --workers 8: they need ")
+    assert "/dev/shm" in line and "--workers 0" in line and "--shm-size" in line
+    assert not (shop / "runs").exists() and asked
+    asked.clear()
+    finish(f"{TINY} --epochs 0 --workers 0")
+    assert not asked
+
+
+@needs_shm
+def test_shared_memory_that_runs_full(shop, monkeypatch, capsys, end_workers):
+    def full(_):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in the worker, which is forked
+    line = failure(f"{TINY} --workers 1", capsys)
+    assert line.startswith("bgbias.py: error: --workers: no room in /dev/shm (unable to write")
+    assert "--shm-size" in line
+
+
+def test_workers_that_cannot_be_started(shop, monkeypatch, capsys):
+    def no_fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    assert "--workers 2: [Errno 11] Resource temporarily unavailable; use fewer" in failure(
+        f"{TINY} --workers 2", capsys)
+
+
+def test_runs_that_cannot_be_written(shop, monkeypatch, capsys):
+    remedy = "; make room or choose another folder, the same command goes on"
+    line = failure(f"{TINY} --runs shop/images/c00/p0.jpg", capsys)  # a file
+    assert f"p0.jpg/{RUN}/config.json: could not be written" in line and line.endswith(remedy)
+    (shop / "runs" / RUN / "log.jsonl").mkdir(parents=True)  # a folder in the place of a file
+    line = failure(TINY, capsys)
+    assert f"runs/{RUN}/log.jsonl: could not be written" in line and line.endswith(remedy)
+    shutil.rmtree(shop / "runs")
+
+    def full(_, path):
+        path.write_bytes(b"the first part")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        line = failure(TINY, capsys)
+    assert f"runs/{RUN}/best.pt: could not be written ([enforce fail" in line and line.endswith(remedy)
+    assert not list(shop.glob("runs/*/*.tmp*"))
+    finish(TINY)  # the same command goes on
+
+
+def test_other_arguments_are_refused(finished, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    with pytest.raises(bgbias.UserError) as refused:
+        finish(f"{TINY} --lr 0.5 --iterations 9 --nmi --workers 1")
+    assert str(refused.value) == (
+        f"runs/{RUN}: begun with --iterations 4 (now 9), --lr 0.001 (now 0.5); take the same, give "
+        f"another --runs, or delete runs/{RUN} to start over")
+
+
+def test_other_arguments_are_refused_in_the_midst_of_a_run(shop, monkeypatch):
+    die_at(monkeypatch, torch.optim.RMSprop, "step", 6, TINY)
+    with pytest.raises(bgbias.UserError, match=r"begun with --epochs 3 \(now 5\); take the same"):
+        finish(f"{TINY} --epochs 5")
+
+
+def test_finished_without_checkpoints_is_still_that_run(shop, capsys):
     finish(f"{TINY} --epochs 1")
     for name in ("last.pt", "best.pt"):
-        (whole / "runs/shop-contrastive-base-s42" / name).unlink()
+        (shop / "runs" / RUN / name).unlink()
     finish(f"{TINY} --epochs 1")
     assert "is done; " in capsys.readouterr().out
     with pytest.raises(bgbias.UserError, match="begun with --lr"):
         finish(f"{TINY} --epochs 1 --lr 0.5")
 
 
-def test_interrupted_before_anything_is_learned_takes_other_arguments(whole, monkeypatch):
-    def killed(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bgbias.Trainer, "train_step", killed)
-        with pytest.raises(Killed):
-            finish(TINY)
+def test_a_renamed_run_is_refused(shop):
     finish(f"{TINY} --epochs 1")
-    config = json.loads((whole / "runs/shop-contrastive-base-s42/config.json").read_text())
-    assert config["args"]["epochs"] == 1
-
-
-def test_missing_test_backgrounds_are_found_before_training(whole):
-    for file in (whole / "data/unsplash_backgrounds/test").iterdir():
-        file.unlink()
-    with pytest.raises(bgbias.UserError, match="no photos in .*test"):
-        finish(TINY)
-    assert not (whole / "runs").exists()
+    (shop / "runs" / RUN).rename(shop / "runs/shop-contrastive-base-s7")
+    with pytest.raises(bgbias.UserError, match=r"begun with --seed 42 \(now 7\)"):
+        finish(f"{TINY} --epochs 1 --seed 7")
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "config.json"])
-def test_damaged_run_files_are_named(whole, name):
+def test_damaged_run_files_are_named(shop, name):
     finish(f"{TINY} --epochs 1")
-    run = whole / "runs/shop-contrastive-base-s42"
+    run = shop / "runs" / RUN
     (run / "result.json").unlink()
-    (run / name).write_bytes((run / name).read_bytes()[:100])
-    with pytest.raises(bgbias.UserError, match=f"{run.name}/{name}: .*--fresh"):
-        finish(f"{TINY} --epochs 1")
-    (run / name).unlink()
-    if name == "best.pt":  # the last epoch must not pass for the best
-        with pytest.raises(bgbias.UserError, match="best.pt: .*No such file"):
+    content = (run / name).read_bytes()
+    odd = {"cut": content[:100], "empty": b"", "a list": b"[1]", "other args": b'{"args": 1}'}
+    if name != "config.json":
+        torch.save({"network": bgbias.Embedder("squeezenet1_1", "none", 32).state_dict()}, "other.pt")
+        odd = {"cut": content[:100], "empty": b"", "text": b"hello", "other": Path("other.pt").read_bytes()}
+    for damaged in odd.values():
+        (run / name).write_bytes(damaged)
+        with pytest.raises(bgbias.UserError, match=f"{RUN}/{name}: .*delete runs/{RUN} to start over"):
             finish(f"{TINY} --epochs 1")
+    (run / name).unlink()
+    if name != "last.pt":  # the last epoch must not pass for the best
+        with pytest.raises(bgbias.UserError, match=f"{RUN}/{name}: .*No such file.*to start over"):
+            finish(f"{TINY} --epochs 1")
+    shutil.rmtree(run)  # as the message says
+    finish(f"{TINY} --epochs 1")
+    assert (run / "result.json").exists()
 
 
-def test_siblings_with_other_flags_or_damaged(whole, capsys):
+def test_a_damaged_result_is_named(shop, capsys):
+    finish(f"{TINY} --epochs 1")
+    (shop / "runs" / RUN / "result.json").write_text("{")
+    capsys.readouterr()
+    finish(f"{TINY} --epochs 1")
+    out = capsys.readouterr().out
+    assert "to test it again delete its result.json" in out and f"{RUN}: left out, not a result" in out
+
+
+def test_siblings_with_other_flags_or_damaged(shop, capsys):
     finish(f"{TINY} --epochs 1")
     finish(f"{TINY} --epochs 2 --bgaugment")
     out = capsys.readouterr().out
-    assert "contrastive, base" in out and "contrastive, BGAugment" in out
+    assert "\ncontrastive * " in out and "\ncontrastive + BGAugment * " in out
     line, = [line for line in out.splitlines() if line.startswith("not to be compared")]
     assert "--epochs 1" in line and "--epochs 2" in line
-    (whole / "runs/shop-contrastive-base-s42/result.json").write_text("{")
+    (shop / "runs" / RUN / "result.json").write_text("{")
     finish(f"{TINY} --epochs 2 --bgaugment")
     out = capsys.readouterr().out
-    assert "shop-contrastive-base-s42: left out" in out and "contrastive, BGAugment" in out
-
-
-def test_other_arguments_are_refused(finished, monkeypatch):
-    monkeypatch.chdir(finished[0])
-    with pytest.raises(bgbias.UserError, match=r"--iterations 4 \(now 9\), --lr 1e-06 \(now 0.5\)"):
-        finish(f"{TINY} --lr 0.5 --iterations 9")
-
-
-def test_loss_that_is_not_finite_keeps_the_good_checkpoint(whole, monkeypatch):
-    step = bgbias.Trainer.train_step
-
-    def poisoned(self, photos, backgrounds, labels):
-        if self.progress["epoch"] == 2:
-            next(self.model.parameters()).data.fill_(float("nan"))
-        return step(self, photos, backgrounds, labels)
-
-    monkeypatch.setattr(bgbias.Trainer, "train_step", poisoned)
-    with pytest.raises(bgbias.UserError, match="the loss is nan in epoch 2"):
-        finish(TINY)
-    state = torch.load(whole / "runs/shop-contrastive-base-s42/last.pt", weights_only=True)
-    assert state["progress"]["epoch"] == 2
-    assert all(value.isfinite().all() for value in state["model"].values())
-
-
-def test_streaming_gives_the_same_run(whole, monkeypatch, capsys):
-    finish(f"{TINY} --runs a --bgaugment")
-    monkeypatch.setattr(bgbias, "free_memory", lambda: 1000)
-    finish(f"{TINY} --runs b --bgaugment")
-    assert "do not fit in the 0.0 GiB free: decoding at every use" in capsys.readouterr().out
-    name = "shop-contrastive-bgaugment-s42"
-    assert all(map(same, checkpoints(whole / "a" / name), checkpoints(whole / "b" / name)))
-
-
-def test_photos_are_decoded_once_a_run(whole, monkeypatch):
-    opened = []
-    real = bgbias.open_rgb
-    monkeypatch.setattr(bgbias, "open_rgb", lambda path: opened.append(path) or real(path))
-    finish(f"{TINY} --bgaugment")
-    assert len(opened) == len(set(opened)) == 2 * 36 + 6  # photos, masks, backgrounds
-
-
-def test_fewer_classes_than_a_batch_wants(whole):
-    finish(f"{TINY} --loss normalized_softmax")  # 3 training classes for a batch of 8: 2 x 4
-    assert bgbias.images_per_class("normalized_softmax", 8, 3) == 4
-    assert bgbias.images_per_class("normalized_softmax", 32, 32) == 1
-    assert bgbias.images_per_class("triplet", 32, 100) == 4
+    assert f"{RUN}: left out" in out and "\ncontrastive + BGAugment * " in out
+    assert "not to be compared" not in out

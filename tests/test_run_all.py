@@ -1,7 +1,9 @@
 """run_all.sh: the exact commands, fetching from a server that misbehaves, whole passes."""
 
+import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,31 +18,65 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from conftest import ROOT, shop
+import bgbias
+from conftest import ROOT
 
-TINY = ("--backbone smallconv --weights none --image-size 16 --epochs 1 --iterations 2 "
-        "--batch-size 8 --device cpu")
+TINY = ("--backbone smallconv --weights none --image-size 16 --iterations 1 --batch-size 8 "
+        "--device cpu")
 LOSSES = ("contrastive", "triplet", "multi_similarity", "arcface", "normalized_softmax")
 WEIGHTS = b"weights of a network"
+URLS = {"cub": "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+        "photos": "https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz",
+        "weights": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"}
+SUMS = {"cub": "md5 97eceeb196236b17998738112f37df78",
+        "sop": "md5 7f73d41a2f44250d4779881525aea32e", "weights": "sha256 52deb4733"}
 
 
 def environment(folder, **variables):
-    """All that run_all.sh reads or writes lies in `folder`; nothing is to be had from the web."""
-    nowhere = {f"{name}_URL": f"file://{folder}/nowhere" for name in
-               ("CUB", "SOP", "PHOTOS", "WEIGHTS")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if k not in ("SLURM_ARRAY_TASK_ID", "FLAGS")}
-    return {**kept, "PATH": path, "DATA": f"{folder}/data", "RUNS": f"{folder}/runs",
-            "TORCH_HOME": f"{folder}/hub", "OMP_NUM_THREADS": "1", "GPUS": "none", **nowhere,
-            **variables}
+    """All that run_all.sh reads or writes lies in `folder`."""
+    outside = ("SLURM_ARRAY_TASK_ID", "FLAGS", "LOSSES", "SEEDS", "CUDA_VISIBLE_DEVICES")
+    kept = {name: value for name, value in os.environ.items() if name not in outside}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DATA": f"{folder}/data", "RUNS": f"{folder}/runs", "TORCH_HOME": f"{folder}/hub",
+            "OMP_NUM_THREADS": "1", "GPUS": "none", **variables}
+
+
+def start(folder, *words, **variables):
+    """The process of `bash run_all.sh WORDS`; of the fixture web's copy, if there is one."""
+    script = folder / "run_all.sh"
+    script = script if script.exists() else ROOT / "run_all.sh"
+    return subprocess.Popen(["bash", script, *map(str, words)], cwd=ROOT, text=True,
+                            env=environment(folder, **variables), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def run_all(folder, *words, **variables):
-    """The finished process of `bash run_all.sh WORDS`."""
-    return subprocess.run(["bash", "run_all.sh", *map(str, words)], cwd=ROOT, text=True,
-                          capture_output=True, env=environment(folder, **variables))
+    """The finished process."""
+    process = start(folder, *words, **variables)
+    output, error = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
+
+
+def processes(folder):
+    """The command lines that name `folder`."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if str(folder).encode() in file.read_bytes():
+                yield file
+
+
+def stop(process, folder, signal_number):
+    """Sends the signal; (exit code, stderr). Nobody waits for what is slow, and soon after no
+    process is left."""
+    process.send_signal(signal_number)
+    _, error = process.communicate(timeout=5)
+    deadline = time.monotonic() + 3
+    while any(processes(folder)):
+        assert time.monotonic() < deadline, list(processes(folder))
+        time.sleep(0.05)
+    return process.returncode, error
 
 
 def training_lines(datasets, losses=LOSSES, seeds=(42,), data="data", runs="runs"):
@@ -57,13 +93,14 @@ def test_dry_run_is_the_30_runs_of_the_paper(tmp_path):
     done = run_all(tmp_path, "--dry-run", DATA="data", RUNS="runs")
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line for line in lines if "bgbias.py --dataset" in line] == training_lines(
-        ("cars196", "cub200", "sop"))
-    assert len(set(lines)) == len(lines) == 4 + 3 + 30 + 30 + 1
-    assert lines[4:7] == [f"python masks.py --dataset {dataset} --data data --shard 1/1"
+    assert lines[:5] == [f"fetch {what}" for what in
+                         ("cars196", "cub200", "sop", "backgrounds", "weights")]
+    assert lines[5:8] == [f"python masks.py --dataset {dataset} --data data --shard 1/1"
                           for dataset in ("cars196", "cub200", "sop")]
-    assert lines[37] == "python eval_attention.py runs/cars196-contrastive-base-s42"
-    assert lines[-1] == "python bgbias.py --report runs"
+    assert lines[8:38] == training_lines(("cars196", "cub200", "sop"))
+    assert lines[38] == "python eval_attention.py runs/cars196-contrastive-base-s42"
+    assert lines[68:] == ["python bgbias.py --report runs"]
+    assert len(set(lines)) == len(lines)
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
@@ -75,13 +112,33 @@ def test_dry_run_of_a_choice(tmp_path):
 
 
 def test_toy_needs_neither_downloads_nor_masks(tmp_path):
-    lines = run_all(tmp_path, "--dry-run", "toy").stdout.splitlines()
-    assert len(lines) == 10 + 10 + 1 and not any("curl" in x or "masks" in x for x in lines)
+    done = run_all(tmp_path, "--dry-run", "toy", DATA="data", RUNS="runs")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10 + 10 + 1 and lines[:10] == training_lines(("toy",))
+    silent = run_all(tmp_path, "data", "masks", "toy")
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
 
 
 def test_masks_are_shared_between_gpus(tmp_path):
     lines = run_all(tmp_path, "--dry-run", "masks", "sop", GPUS="0,1,5").stdout.splitlines()
     assert [line[-3:] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.parametrize("variables, shards", [
+    ({}, 3),  # what torch counts
+    ({"CUDA_VISIBLE_DEVICES": "4,7"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+    ({"CUDA_VISIBLE_DEVICES": "4,7", "GPUS": "1"}, 1)])
+def test_which_gpus(tmp_path, variables, shards):
+    (tmp_path / "torch.py").write_text("class cuda:\n    device_count = lambda: 3\n")
+    variables = {"GPUS": "", "PYTHONPATH": str(tmp_path), **variables}
+    done = run_all(tmp_path, "--dry-run", "masks", "sop", **variables)
+    assert len(done.stdout.splitlines()) == shards
+
+
+def test_without_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    done = run_all(tmp_path, "--dry-run", "cub200", TORCH_HOME="")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("task", [0, 1, 17, 29])
@@ -94,14 +151,33 @@ def test_slurm_gives_a_task_its_run(tmp_path, task):
     assert attention == f"python eval_attention.py runs/{dataset}-{loss}-{kind}-s42"
 
 
+@pytest.mark.parametrize("name", ["photos", "a.b/", "link", "cub200"])
+def test_a_folder_is_called_as_bgbias_calls_its_runs(tmp_path, name):
+    (tmp_path / "there/images").mkdir(parents=True)
+    if name == "link":
+        (tmp_path / name).symlink_to("there")
+    else:
+        (tmp_path / name / "images").mkdir(parents=True)
+    done = run_all(tmp_path, "--dry-run", "attention", f"{tmp_path}/{name}", LOSSES="triplet")
+    run = f"{bgbias.dataset_name(f'{tmp_path}/{name}')}-triplet-base-s42"
+    assert done.stdout.splitlines()[0] == f"python eval_attention.py {tmp_path}/runs/{run}"
+
+
 @pytest.mark.parametrize("words, variables, message", [
     (("nonsense",), {}, "error: nonsense: no stage, dataset or folder with images/<class>/"),
     (("a b",), {}, "error: a b: a folder without spaces, please"),
-    ((), {"SLURM_ARRAY_TASK_ID": "30"}, "there is no run of this number")])
+    ((), {"RUNS": "a b"}, "error: DATA and RUNS: folders without spaces, please"),
+    ((), {"SLURM_ARRAY_TASK_ID": "30"}, "there is no run of number 30")])
 def test_wrong_words(tmp_path, words, variables, message):
     failed = run_all(tmp_path, *words, **variables)
-    assert failed.returncode != 0 and failed.stdout == ""
+    assert failed.returncode == 2 and failed.stdout == ""
     assert len(failed.stderr.splitlines()) == 1 and message in failed.stderr
+
+
+def test_help_is_the_header(tmp_path):
+    lines = run_all(tmp_path, "--help").stdout.splitlines()
+    assert lines[0].startswith("All 30 runs") and lines[-1].endswith("flags for bgbias.py.")
+    assert not any(line.startswith(("#", "set")) for line in lines)
 
 
 def test_shellcheck():
@@ -158,11 +234,26 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def point_at(server):
+    """Writes run_all.sh with the server's addresses and checksums for the real ones."""
+    text = (ROOT / "run_all.sh").read_text()
+    for name, url in URLS.items():
+        assert text.count(url) == 1
+        text = text.replace(url, f"{server.url}/{name}")
+    for name, real in SUMS.items():
+        assert text.count(f" {real} ") == 1
+        algorithm, digits = real.split()
+        ours = hashlib.new(algorithm, server.files[name]).hexdigest()[:len(digits)]
+        text = text.replace(f" {real} ", f" {algorithm} {ours} ")
+    server.script.write_text(text)
+
+
 @pytest.fixture
 def web(tmp_path):
-    """A server of small copies of all that is fetched, and the variables that name them. It may
-    ignore ranges or cut the connection half-way."""
+    """A server of small copies of all that is fetched, which may ignore ranges, cut the connection
+    half-way or stall there, and a copy of run_all.sh that asks it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.script = f"http://127.0.0.1:{server.server_port}", tmp_path / "run_all.sh"
     server.ranges, server.cut, server.slow, server.asked = True, False, False, []
     noise = os.urandom(50_000)  # so that half of an archive is something
     server.files = {
@@ -171,12 +262,8 @@ def web(tmp_path):
         "photos": tar({"code-main/data/unsplash_backgrounds/val/a.jpg": noise,
                        "code-main/data/unsplash_backgrounds/test/b.jpg": b"b"}),
         "weights": WEIGHTS}
+    point_at(server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    server.variables = {f"{name.upper()}_URL": f"{url}/{name}" for name in server.files}
-    for name in ("cub", "sop"):
-        server.variables[f"{name.upper()}_MD5"] = hashlib.md5(server.files[name]).hexdigest()
-    server.variables["WEIGHTS_SHA256"] = hashlib.sha256(WEIGHTS).hexdigest()[:9]
     yield server
     server.shutdown()
     server.server_close()
@@ -191,6 +278,7 @@ def arrived(folder):
 SHARED = ["data/unsplash_backgrounds/test/b.jpg", "data/unsplash_backgrounds/val/a.jpg",
           "hub/hub/checkpoints/bn_inception-52deb4733.pth"]
 CUB = "data/CUB_200_2011/images/001.A/a.jpg"
+SOP = "data/Stanford_Online_Products/Ebay_train.txt"
 
 
 def one_line(failed, *parts):
@@ -204,32 +292,49 @@ def one_line(failed, *parts):
 
 
 def test_everything_is_fetched_once(tmp_path, web):
-    done = run_all(tmp_path, "data", "cub200", "sop", **web.variables)
+    done = run_all(tmp_path, "data", "cub200", "sop", GPUS="0 1")
     assert (done.returncode, done.stderr) == (0, "")
-    sop = "data/Stanford_Online_Products/Ebay_train.txt"
-    assert arrived(tmp_path) == sorted([CUB, sop, *SHARED])
+    assert arrived(tmp_path) == sorted([CUB, SOP, *SHARED])
     assert (tmp_path / SHARED[2]).read_bytes() == WEIGHTS
-    web.asked.clear()
-    assert run_all(tmp_path, "data", "cub200", "sop", **web.variables).returncode == 0
-    assert web.asked == []
+    assert sorted(web.asked) == sorted((name, None) for name in web.files)
+    assert run_all(tmp_path, "data", "cub200", "sop").returncode == 0
+    assert len(web.asked) == 4
 
 
-def test_from_files(tmp_path, web):
-    variables = dict(web.variables)
-    for name, content in web.files.items():
-        (tmp_path / name).write_bytes(content)
-        variables[f"{name.upper()}_URL"] = f"file://{tmp_path / name}"
-    assert run_all(tmp_path, "data", "cub200", **variables).returncode == 0
-    assert arrived(tmp_path) == [CUB, *SHARED] and web.asked == []
+def test_archives_put_there_by_hand(tmp_path, web):
+    """They are taken, and nobody deletes them."""
+    archives = {"cub": "data/CUB_200_2011.tgz", "sop": "data/Stanford_Online_Products.zip",
+                "photos": "data/unsplash_backgrounds.tar.gz", "weights": SHARED[2]}
+    for name, place in archives.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(web.files[name])
+    done = run_all(tmp_path, "data", "cub200", "sop")
+    assert (done.returncode, done.stderr, web.asked) == (0, "", [])
+    assert arrived(tmp_path) == sorted({CUB, SOP, *SHARED, *archives.values()})
+
+
+def test_a_wrong_archive_put_there_by_hand(tmp_path, web):
+    archive = tmp_path / "data/CUB_200_2011.tgz"
+    archive.parent.mkdir()
+    archive.write_bytes(web.files["photos"])
+    one_line(run_all(tmp_path, "data", "cub200"), f"{archive}: its md5 does not begin with ")
+    assert archive.read_bytes() == web.files["photos"]
+
+
+def test_folders_that_are_there_and_flags_that_need_nothing(tmp_path, web):
+    for folder in ("cub200/CUB_200_2011", "Stanford_Online_Products"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    done = run_all(tmp_path, "data", "cub200", "sop", FLAGS="--backgrounds b --weights w.pth")
+    assert (done.returncode, done.stderr, web.asked) == (0, "", [])
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_half_a_download_goes_on(tmp_path, web, ranges):
     half = web.files["cub"][:20_000]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/CUB_200_2011.part").write_bytes(half)
+    (tmp_path / "data/CUB_200_2011.tgz.part").write_bytes(half)
     web.ranges = ranges
-    done = run_all(tmp_path, "data", "cub200", **web.variables)
+    done = run_all(tmp_path, "data", "cub200")
     assert (done.returncode, done.stderr) == (0, "")
     assert arrived(tmp_path) == [CUB, *SHARED]
     asked = [what for name, what in web.asked if name == "cub"]
@@ -238,78 +343,77 @@ def test_half_a_download_goes_on(tmp_path, web, ranges):
 
 def test_cut_connection(tmp_path, web):
     web.cut = True
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, "data-cub200", web.variables["CUB_URL"], "(18)", "try again")
-    part = tmp_path / "data/CUB_200_2011.part"
-    assert part.read_bytes() == web.files["cub"][:len(web.files["cub"]) // 2]
+    failed = run_all(tmp_path, "data", "cub200")
+    archive = tmp_path / "data/CUB_200_2011.tgz"
+    one_line(failed, "data-cub200", f"{web.url}/cub: (18)", f"put that file at {archive}")
+    half = web.files["cub"][:len(web.files["cub"]) // 2]
+    assert archive.with_name("CUB_200_2011.tgz.part").read_bytes() == half
     web.cut = False
-    assert run_all(tmp_path, "data", "cub200", **web.variables).returncode == 0
+    assert run_all(tmp_path, "data", "cub200").returncode == 0
     assert arrived(tmp_path) == [CUB, *SHARED]
 
 
 def test_checksum(tmp_path, web):
     web.files["cub"] = tar({"CUB_200_2011/images/001.A/a.jpg": b"something else"})
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, web.variables["CUB_URL"], web.variables["CUB_MD5"], "deleted")
-    assert arrived(tmp_path) == SHARED
-    shutil.rmtree(tmp_path / "hub")
-    sha = web.variables | {"CUB_MD5": "", "WEIGHTS_SHA256": "123"}
-    one_line(run_all(tmp_path, "data", "cub200", **sha), web.variables["WEIGHTS_URL"], "sha256")
+    web.files["weights"] = b"<html>Please log in</html>"
+    failed = run_all(tmp_path, "data", "cub200")
+    for place, algorithm in (("data/CUB_200_2011.tgz", "md5"), (SHARED[2], "sha256")):
+        one_line(failed, f"{place}.part: its {algorithm} does not begin with ", "delete it")
+        (tmp_path / f"{place}.part").unlink()  # as it says
+    assert arrived(tmp_path) == SHARED[:2]
 
 
-def test_sigterm_while_fetching(tmp_path, web):
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_stopped_while_fetching(tmp_path, web, name, code):
     """It does not wait for a slow server; what came so far is kept."""
     web.slow = True
-    process = subprocess.Popen(["bash", "run_all.sh", "data", "cub200"], cwd=ROOT, text=True,
-                               env=environment(tmp_path, **web.variables), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    part = tmp_path / "data/CUB_200_2011.part"
+    process = start(tmp_path, "data", "cub200", "sop", GPUS="0 1")
+    part = tmp_path / "data/CUB_200_2011.tgz.part"
     while not (part.exists() and part.stat().st_size) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=10)
-    assert (process.returncode, error) == (143, "") and web.files["cub"].startswith(part.read_bytes())
+    assert stop(process, tmp_path, getattr(signal, name)) == (code, "")
+    assert web.files["cub"].startswith(part.read_bytes())
 
 
 def test_a_failed_download_stops_only_its_dataset(tmp_path, web):
     del web.files["sop"], web.files["photos"]
-    failed = run_all(tmp_path, "data", "report", "sop", "toy", **web.variables)
+    failed = run_all(tmp_path, "data", "report", "sop", "toy")
     one_line(failed, "data-sop", "404")
-    one_line(failed, "data-unsplash_backgrounds", "404")
-    one_line(failed, "report: bgbias.py: error: --report", "no finished run")
+    one_line(failed, "data-backgrounds", "404")
+    one_line(failed, "report: exit code 2, bgbias.py: error: --report", "no finished run")
 
 
 def test_no_network(tmp_path, web):
     web.shutdown()
     web.server_close()
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, web.variables["CUB_URL"], "(7)", "onnect", "try again")
+    failed = run_all(tmp_path, "data", "cub200")
+    one_line(failed, f"{web.url}/cub: (7)", "onnect", "try again")
 
 
 def test_missing_on_the_server(tmp_path, web):
     del web.files["photos"]
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, web.variables["PHOTOS_URL"], "404")
+    failed = run_all(tmp_path, "data", "cub200")
+    one_line(failed, f"{web.url}/photos: ", "404", "data/unsplash_backgrounds.tar.gz")
     assert arrived(tmp_path) == [CUB, SHARED[2]]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_no_space(tmp_path, web):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/CUB_200_2011.part").symlink_to("/dev/full")
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, "data/CUB_200_2011.part: (23)", "writ", "mend that")
+    (tmp_path / "data/CUB_200_2011.tgz.part").symlink_to("/dev/full")
+    failed = run_all(tmp_path, "data", "cub200")
+    one_line(failed, f"{web.url}/cub: (23)", "writ", f"{tmp_path}/data/CUB_200_2011.tgz")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("photos", tar({"../evil": b"x", "unsplash_backgrounds/val/a.jpg": b"a"}), "not unpacked"),
-    ("photos", tar({"something/val/a.jpg": b"a"}), "has no folder unsplash_backgrounds"),
-    ("photos", tar({"unsplash_backgrounds/val/a.jpg": os.urandom(9000)})[:4000], "not unpacked"),
-    ("photos", b"<html>Please log in</html>", "not unpacked")])
-def test_bad_archives(tmp_path, web, name, content, message):
-    web.files[name] = content
-    failed = run_all(tmp_path, "data", "cub200", **web.variables)
-    one_line(failed, "data/unsplash_backgrounds.part", message, "delete it")
+@pytest.mark.parametrize("content, message", [
+    (tar({"../evil": b"x", "unsplash_backgrounds/val/a.jpg": b"a"}), "not unpacked, "),
+    (tar({"something/val/a.jpg": b"a"}), "has no folder unsplash_backgrounds"),
+    (tar({"unsplash_backgrounds/val/a.jpg": os.urandom(9000)})[:4000], "not unpacked, "),
+    (b"<html>Please log in</html>", "not unpacked, ")])
+def test_bad_archives(tmp_path, web, content, message):
+    web.files["photos"] = content
+    failed = run_all(tmp_path, "data", "cub200")
+    one_line(failed, "data/unsplash_backgrounds.tar.gz.part", message, "delete it")
     assert not (tmp_path / "data/unsplash_backgrounds").exists()
     assert not (tmp_path / "evil").exists() and not (tmp_path / "data/evil").exists()
 
@@ -317,17 +421,18 @@ def test_bad_archives(tmp_path, web, name, content, message):
 def test_zip_does_not_leave_its_folder(tmp_path, web):
     web.files["sop"] = zipped({"../evil": b"x", f"{tmp_path}/evil": b"x",
                                "Stanford_Online_Products/Ebay_train.txt": b"a"})
-    variables = web.variables | {"SOP_MD5": ""}
-    assert run_all(tmp_path, "data", "sop", **variables).returncode == 0
-    assert arrived(tmp_path) == ["data/Stanford_Online_Products/Ebay_train.txt", *SHARED]
+    point_at(web)
+    assert run_all(tmp_path, "data", "sop").returncode == 0
+    assert arrived(tmp_path) == [SOP, *SHARED]
     assert not (tmp_path / "evil").exists()
 
 
 def test_cars196_says_what_to_put_where(tmp_path, web):
-    failed = run_all(tmp_path, "data", "cars196", **web.variables)
+    failed = run_all(tmp_path, "data", "train", "cars196")
     one_line(failed, f"{tmp_path}/data/cars196", "car_ims/", "cars_annos.mat", "devkit/")
+    assert "bgbias.py" not in failed.stdout  # its runs are left out
     (tmp_path / "data/cars196/car_ims").mkdir(parents=True)
-    assert run_all(tmp_path, "data", "cars196", **web.variables).returncode == 0
+    assert run_all(tmp_path, "data", "cars196").returncode == 0
 
 
 # Whole passes
@@ -348,59 +453,51 @@ def busy(output):
 
 
 def test_a_failing_run_does_not_lose_the_others(shop):
-    variables = dict(LOSSES="triplet", SEEDS="1 2", GPUS="none cpu", FLAGS=TINY)
     broken = shop / "runs/shop-triplet-base-s1"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text('{"args": {"loss": "contrastive"}}')
     (broken / "last.pt").touch()
-    words = ("cars196", shop / "shop")
-    failed = run_all(shop, *words, **variables)
-    assert failed.returncode == 1
-    _, *lines = [line.strip() for line in failed.stderr.splitlines()]
-    assert len(lines) == 2 and "nobody serves cars196" in lines[0]
-    assert lines[1].startswith("shop-triplet-base-s1: bgbias.py: error: ")
+    failed = run_all(shop, "data", "train", "attention", "report", "cars196", shop / "shop",
+                     LOSSES="triplet", SEEDS="1", GPUS="none cpu", FLAGS=f"{TINY} --epochs 1")
+    one_line(failed, "data-cars196", "nobody serves it")
+    one_line(failed, f"shop-triplet-base-s1: exit code 2, bgbias.py: error: {broken}: begun with")
+    assert len(failed.stderr.splitlines()) == 3
     assert busy(failed.stdout) == {"none", "cpu"}
-    done = {path.parent.name for path in (shop / "runs").glob("*/result.json")}
-    assert done == {"shop-triplet-bgaugment-s1", "shop-triplet-base-s2",
-                    "shop-triplet-bgaugment-s2"}
-    assert {path.parent.name for path in (shop / "runs").glob("*/attention.npz")} == done
-    assert (shop / "runs/report.md").read_text() in failed.stdout
-    assert Image.open(shop / "runs/report.png").size == (800, 600)
-
-    shutil.rmtree(broken)  # the remedy; the same command does the rest, and only that
-    again = run_all(shop, "train", "report", shop / "shop", **variables | {"SEEDS": "1"})
-    assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.count("bgbias.py on GPU") == 2
-    log = (shop / "runs/shop-triplet-bgaugment-s1.log").read_text()
-    assert "shop-triplet-bgaugment-s1 is done; " in log
-    table = (shop / "runs/report.md").read_text().split("## ")[1]
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| triplet")]
-    assert [cells[1] for cells in rows] == ["2", "2"] and "not run" not in sum(rows, [])
+    done = shop / "runs/shop-triplet-bgaugment-s1"
+    for file in ("result.json", "attention.json"):
+        assert list((shop / "runs").glob(f"*/{file}")) == [done / file]
+    assert failed.stdout.endswith((shop / "runs/report.log").read_text())
+    assert "triplet + BGAugment" in (shop / "runs/report.log").read_text()
 
 
-def test_toy_interrupted_and_resumed(tmp_path, toy):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/toy").symlink_to(toy)
-    variables = dict(LOSSES="triplet", FLAGS="--epochs 1 --iterations 2 --image-size 16",
-                     EVERY="1")
-    whole = environment(tmp_path, **variables)
-    process = subprocess.Popen(["bash", "run_all.sh", "toy"], cwd=ROOT, env=whole, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first, second = (tmp_path / f"runs/toy-triplet-{kind}-s42" for kind in ("base", "bgaugment"))
-    while not (second / "config.json").exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, error = process.communicate(timeout=120)
-    assert (process.returncode, error) == (143, "")
+def test_failed_masks_leave_out_the_runs(tmp_path):
+    (tmp_path / "empty/images").mkdir(parents=True)
+    failed = run_all(tmp_path, "masks", "train", tmp_path / "empty", FLAGS=TINY)
+    one_line(failed, "masks-empty-1: exit code ")
+    assert "empty-contrastive" not in failed.stdout
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs/data-cars196.log").mkdir(parents=True)
+    failed = run_all(tmp_path, "data", "cars196", FLAGS="--backgrounds b --weights w.pth")
+    assert failed.returncode == 1 and "  data-cars196: exit code 1" in failed.stderr
+    assert "data-weights: data is done" in failed.stdout
+
+
+def test_interrupted_and_resumed(shop):
+    words = ("train", shop / "shop")
+    variables = dict(LOSSES="triplet", FLAGS=f"{TINY} --epochs 40 --patience 40")
+    process = start(shop, *words, **variables)
+    first, second = (shop / f"runs/shop-triplet-{kind}-s42" for kind in ("base", "bgaugment"))
+    while not (second / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    assert stop(process, shop, signal.SIGTERM) == (143, "")
     assert (first / "result.json").exists() and not (second / "result.json").exists()
-    assert "hours left, if a run takes" in output
-    log = (tmp_path / "runs/toy-triplet-bgaugment-s42.log").read_text()
-    assert "SIGTERM, all is saved" in log or "loss" not in log.split("}")[-1]  # or nothing to save
-
+    before = (second / "log.jsonl").read_text()
     stamp = (first / "result.json").stat().st_mtime_ns
-    done = run_all(tmp_path, "toy", **variables)
+
+    done = run_all(shop, *words, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert (first / "result.json").stat().st_mtime_ns == stamp
-    report = (tmp_path / "runs/report.md").read_text()
-    rows = re.findall(r"^\| triplet.*", report, re.M)
-    assert len(rows) == 4 * 2 and not any("not run" in row for row in rows)
+    assert (second / "log.jsonl").read_text().startswith(before)
+    assert json.loads((second / "result.json").read_text())["epochs"] == 40

@@ -13,11 +13,10 @@ LABELS = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(SIZES)
 
 @pytest.mark.parametrize("m, batch_size", [(4, 32), (4, 40), (1, 10), (1, 1), (8, 8), (5, 20)])
 def test_every_batch(m, batch_size):
-    batches = list(MPerClassSampler(LABELS, m, batch_size, batches=50, seed=7))
-    assert len(batches) == len(MPerClassSampler(LABELS, m, batch_size, 50, 7)) == 50
-    size = Counter(LABELS.tolist())
-    for batch in batches:
-        assert all(type(i) is int and 0 <= i < len(LABELS) for i in batch)
+    sampler, size = MPerClassSampler(LABELS, m, batch_size), Counter(LABELS.tolist())
+    for number in range(50):
+        batch = sampler.batch((7, number))
+        assert type(batch) is list and all(type(i) is int and 0 <= i < len(LABELS) for i in batch)
         images = {}
         for i in batch:
             images.setdefault(LABELS[i].item(), []).append(i)
@@ -28,27 +27,32 @@ def test_every_batch(m, batch_size):
 
 
 def test_the_images_of_a_class_lie_together():
-    for batch in MPerClassSampler(LABELS, 4, 32, batches=20, seed=0):
+    sampler = MPerClassSampler(LABELS, 4, 32)
+    for batch in map(sampler.batch, range(20)):
         assert (LABELS[batch].reshape(8, 4) == LABELS[batch][::4, None]).all()
 
 
-def test_the_seed_fixes_the_lists():
-    def lists(seed):
-        return list(MPerClassSampler(LABELS, 4, 16, batches=5, seed=seed))
+def test_a_batch_is_a_function_of_its_seed():
+    """An int or a tuple; whatever was drawn before, here, from another sampler or from NumPy."""
+    seeds = [0, 1, (1, 2), (1, 3), (2, 1), (1, 2, 3), (2**40, 7)]
+    sampler = MPerClassSampler(LABELS, 4, 16)
+    batches = {seed: sampler.batch(seed) for seed in seeds}
+    assert len({str(batch) for batch in batches.values()}) == len(seeds)
+    np.random.seed(5)
+    for seed in reversed(seeds):
+        assert sampler.batch(seed) == batches[seed]
+        assert MPerClassSampler(LABELS, 4, 16).batch(seed) == batches[seed]
 
-    sampler = MPerClassSampler(LABELS, 4, 16, batches=5, seed=(1, 2))
-    assert list(sampler) == list(sampler) == lists((1, 2))
-    assert len({str(lists(seed)) for seed in (0, 1, (1, 2), (1, 3), (2, 1))}) == 5
 
-
-def test_first_batches_do_not_depend_on_how_many_follow():
-    short, long = (list(MPerClassSampler(LABELS, 4, 16, batches, seed=3)) for batches in (3, 9))
-    assert long[:3] == short
+def test_labels_may_be_any_sequence_of_integers():
+    for labels in (LABELS.tolist(), tuple(LABELS.tolist()), LABELS.astype(np.int32)):
+        assert MPerClassSampler(labels, 4, 16).batch(3) == MPerClassSampler(LABELS, 4, 16).batch(3)
 
 
 def test_classes_and_their_images_are_equally_likely():
     """1,000 batches of 5 of 10 classes: 500 +- 16 for each class, whatever its size."""
-    batches = list(MPerClassSampler(LABELS, 2, 10, batches=1000, seed=1))
+    sampler = MPerClassSampler(LABELS, 2, 10)
+    batches = [sampler.batch((1, number)) for number in range(1000)]
     classes = Counter(label for batch in batches for label in set(LABELS[batch].tolist()))
     assert len(classes) == len(SIZES) and all(420 < n < 580 for n in classes.values())
     images = Counter(i for batch in batches for i in batch)
@@ -60,7 +64,7 @@ def test_classes_and_their_images_are_equally_likely():
 @pytest.mark.parametrize("m, batch_size", [(4, 30), (1, 11), (4, 44), (64, 32)])
 def test_impossible_batches_are_refused(m, batch_size):
     with pytest.raises(ValueError, match=f"no {batch_size} images, {m} each, from 10 classes"):
-        MPerClassSampler(LABELS, m, batch_size, 1, 0)
+        MPerClassSampler(LABELS, m, batch_size)
 
 
 def test_images_per_class_of_the_paper():
@@ -74,7 +78,8 @@ def test_images_per_class_of_the_paper():
     ("arcface", 32, 31, 2), ("arcface", 32, 10, 4), ("triplet", 30, 99, 5)])
 def test_with_few_classes_a_class_has_more_images(loss, batch_size, classes, m):
     assert images_per_class(loss, batch_size, classes) == m
-    MPerClassSampler(np.arange(classes), m, batch_size, 1, 0)  # and that is a batch it can draw
+    batch = MPerClassSampler(np.arange(classes), m, batch_size).batch(0)
+    assert len(batch) == batch_size  # and that is a batch it can draw
 
 
 def test_a_batch_too_small_for_the_loss_is_refused():

@@ -1,5 +1,6 @@
 """One geometry for photo and mask, replacement by hand, torchvision on PIL images as referee."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ from torchvision import transforms
 
 import bgbias
 from bgbias import (
-    Batches, Embedder, Photos, UserError, conditions, loader, random_view, replace_background)
+    Batches, Embedder, MPerClassSampler, Photos, UserError, loader, random_view, replace_background,
+    seed_of, views)
 
 AUTHORS_TRAIN = transforms.Compose([  # on PIL images, with the paper's numbers
     transforms.RandomResizedCrop(40, scale=(0.16, 1), ratio=(0.75, 1.33)),
@@ -44,27 +46,39 @@ def album(tmp_path):
     return save(tmp_path / "images", photos), save(tmp_path / "masks", [p[:, :, 1] for p in photos])
 
 
-@pytest.mark.parametrize("crop", [None, 40])
-def test_decoding_against_torchvision_on_pil(album, crop):
-    steps = [transforms.Resize(45), transforms.CenterCrop(crop or 45), transforms.PILToTensor()]
-    if crop is None:
-        del steps[1]
-    for path, photo in zip(album[0], Photos(*album, 45, crop), strict=True):
-        expected = transforms.Compose(steps)(Image.open(path))
+def test_decoding_against_torchvision_on_pil(album):
+    steps = transforms.Compose([transforms.Resize(45), transforms.PILToTensor()])
+    for path, photo in zip(album[0], Photos(*album, 45), strict=True):
+        expected = steps(Image.open(path))
         assert photo.dtype == torch.uint8 and photo.shape == (4, *expected.shape[1:])
+        assert min(photo.shape[1:]) == 45
         assert (photo[:3].int() - expected.int()).abs().max() <= 1
-        assert (45 in photo.shape) if crop is None else photo.shape == (4, 40, 40)
 
 
-@pytest.mark.parametrize("crop", [None, 40])
-def test_photo_and_mask_take_one_geometry(album, crop):
+def test_evaluation_crops_against_torchvision_on_pil(album):
+    steps = transforms.Compose(
+        [transforms.Resize(45), transforms.CenterCrop(40), transforms.PILToTensor()])
+    photos, _, indices = Batches(photos=Photos(*album, 45), size=40, seed=(0,))[0]
+    assert photos.shape == (len(SIZES), 4, 40, 40) and indices.tolist() == list(range(len(SIZES)))
+    for path, photo in zip(album[0], photos, strict=True):
+        assert (photo[:3].int() - steps(Image.open(path)).int()).abs().max() <= 1
+        assert torch.equal(photo[3], photo[1])  # the mask is the green channel
+
+
+def test_photos_without_masks(album):
+    """As in the pools of backgrounds."""
+    with_masks, without = Photos(*album, 45), Photos(album[0], None, 45)
+    assert all(torch.equal(a[:3], b) for a, b in zip(with_masks, without, strict=True))
+
+
+def test_photo_and_mask_take_one_geometry(album):
     """The mask is the green channel, so it stays that, whatever crop and flip follow."""
-    for photo in Photos(*album, 45, crop):
+    for photo in Photos(*album, 45):
         assert torch.equal(photo[3], photo[1])
         torch.manual_seed(0)
-        views = [random_view(photo, 40) for _ in range(20)]
-        assert all(torch.equal(view[3], view[1]) for view in views)
-        assert len({view.numpy().tobytes() for view in views}) > 4  # few fit in a very wide photo
+        crops = [random_view(photo, 40) for _ in range(20)]
+        assert all(torch.equal(crop[3], crop[1]) for crop in crops)
+        assert len({crop.numpy().tobytes() for crop in crops}) > 4  # few fit in a very wide photo
 
 
 def test_random_view_against_torchvision_on_pil():
@@ -84,28 +98,53 @@ def test_random_view_against_torchvision_on_pil():
 def test_half_of_the_views_are_flipped():
     ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(1, 60, 60)
     torch.manual_seed(0)
-    views = [random_view(ramp, 16) for _ in range(400)]
-    flipped = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
+    crops = [random_view(ramp, 16) for _ in range(400)]
+    flipped = sum(bool(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops)
     assert 160 < flipped < 240  # 200 +- 10
 
 
 def test_a_photo_is_decoded_once(album, monkeypatch):
+    """But for a few, at most 17, from which it is estimated whether all fit in memory."""
+    decoded, open_rgb = Counter(), bgbias.open_rgb
+    monkeypatch.setattr(bgbias, "open_rgb", lambda path: decoded.update([path]) or open_rgb(path))
+    photos = Photos(album[0] * 20, album[1] * 20, 45)
+    assert len(photos) == 120 and decoded.keys() == set(album[0] + album[1])
+    before = decoded.total()
+    assert 2 * 120 < before <= 2 * (120 + 17)
+    for i in [0, 1, 0, 5, 119, 0]:
+        photos[i]
+    assert decoded.total() == before
+
+
+def test_photos_that_are_not_to_be_kept_are_decoded_at_every_use(album, monkeypatch, capsys):
+    """As in the test, which uses each once; so nothing is estimated and nothing said."""
     decoded, open_rgb = [], bgbias.open_rgb
     monkeypatch.setattr(bgbias, "open_rgb", lambda path: decoded.append(path) or open_rgb(path))
-    photos = Photos(*album, 45)
-    for i in [0, 1, 0, 5, 0]:
+    photos = Photos(*album, 45, keep=False)
+    assert not decoded
+    for i in [0, 1, 0]:
         photos[i]
-    assert sorted(decoded) == sorted(album[0] + album[1])
+    assert decoded == [files[i] for i in (0, 1, 0) for files in album]
+    assert capsys.readouterr().out == ""
 
 
 def test_streaming_says_so_and_gives_the_same(album, monkeypatch, capsys):
-    kept = Photos(*album, 45, 40)
+    kept = Photos(*album, 45)
     assert kept.kept is not None and capsys.readouterr().out == ""
     monkeypatch.setattr(bgbias, "free_memory", lambda: 20_000)
-    streamed = Photos(*album, 45, 40)
+    streamed = Photos(*album, 45)
+    said = capsys.readouterr().out
     assert streamed.kept is None
-    assert "6 photos, 0.0 GiB decoded, do not fit" in (said := capsys.readouterr().out) and "at every use" in said
+    assert "6 photos, 0.0 GiB decoded, do not fit" in said and "at every use" in said
     assert all(torch.equal(kept[i], streamed[i]) for i in range(len(SIZES)))
+
+
+def test_how_much_fits(album, monkeypatch):
+    """Four fifths of the free memory may be taken. Of so few photos, all are looked at."""
+    needed = sum(photo.nbytes for photo in Photos(*album, 45))
+    for free, fits in ((needed / 0.8 + 2, True), (needed / 0.8 - 2, False)):
+        monkeypatch.setattr(bgbias, "free_memory", lambda: free)
+        assert (Photos(*album, 45).kept is not None) == fits
 
 
 def test_free_memory_is_some_of_the_machines():
@@ -129,7 +168,8 @@ def test_kinds_of_image_files(tmp_path):
 
 def test_errors_name_the_file(album):
     Image.fromarray(picture(60, 90)[:, :, 0]).save(album[1][0])
-    with pytest.raises(UserError, match=f"{album[1][0]}: its size is .60, 90., the photo.s is .90, 60.; .* run masks.py"):
+    sizes = r"its size is \(60, 90\), the photo's is \(90, 60\)"
+    with pytest.raises(UserError, match=f"{album[1][0]}: {sizes}; delete it and run masks.py"):
         Photos(*album, 45)
     album[0][0].write_bytes(album[0][0].read_bytes()[:500])
     with pytest.raises(UserError, match=f"{album[0][0]}: no readable image"):
@@ -140,24 +180,63 @@ def test_errors_name_the_file(album):
 POOL = [torch.full((3, 50 + i, 60), 20 * i, dtype=torch.uint8) for i in range(12)]
 
 
-def batches(photos, lists, train=True, pool=POOL, draws=2, seed=(1, 2)):
-    return Batches(photos, lists, 40, train, pool, draws, seed)
+class Listed:
+    """A sampler of given batches; the number of the batch is the last of its seed's."""
+
+    def __init__(self, *lists):
+        self.lists = lists
+
+    def batch(self, seed):
+        return self.lists[seed[-1]]
 
 
-def test_batches_hold_the_listed_photos(album):
-    photos = Photos(*album, 45, 40)
-    lists = [[0, 3], [5, 1, 1]]
-    for rows, (found, backgrounds) in zip(lists, batches(photos, lists, train=False)):
-        assert torch.equal(found, torch.stack([photos[i] for i in rows]))
-        assert backgrounds.shape == (2, len(rows), 3, 40, 40) and backgrounds.dtype == torch.uint8
-    found, backgrounds = batches(photos, [[0, 0, 0]], train=True, draws=0)[0]
-    assert found.shape == (3, 4, 40, 40) and not torch.equal(found[0], found[1])
-    assert backgrounds.numel() == 0
+def training(photos, *lists, pool=POOL, draws=2, seed=(1, 2)):
+    return Batches(photos=photos, size=40, seed=seed, sampler=Listed(*lists), pool=pool, draws=draws)
 
 
-def test_backgrounds_are_drawn_with_replacement_and_evenly(album):
-    photos = Photos(*album, 45, 40)
-    _, backgrounds = batches(photos, [[0] * 12], train=False, draws=100)[0]
+def evaluation(photos, pool=POOL, draws=2, seed=(1, 2)):
+    return Batches(photos=photos, size=40, seed=seed, pool=pool, draws=draws)
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+def test_training_batches_hold_the_photos_of_the_sampler():
+    """Photos of one colour each stay that, however they are cropped."""
+    photos = [torch.full((4, 50, 60 + i), 10 * i, dtype=torch.uint8) for i in range(6)]
+    batches = training(photos, [0, 3], [5, 1, 1])
+    for n, rows in enumerate([[0, 3], [5, 1, 1]]):
+        found, backgrounds, indices = batches[n]
+        assert indices.tolist() == rows
+        assert torch.equal(found, 10 * indices.byte()[:, None, None, None].expand(-1, 4, 40, 40))
+        assert backgrounds.shape == (2, len(rows), 3, 40, 40)
+        assert found.dtype == backgrounds.dtype == torch.uint8
+
+
+def test_training_crops_each_photo_on_its_own(album):
+    """With the training transform: the mask, a copy of the green channel, stays that."""
+    photos, backgrounds, _ = training(Photos(*album, 45), [0] * 20, draws=0)[0]
+    assert len({photo.numpy().tobytes() for photo in photos}) == 20
+    assert torch.equal(photos[:, 3], photos[:, 1])
+    assert backgrounds.shape == (0, 20, 3, 40, 40)
+
+
+def test_the_sampler_is_asked_for_batch_n_of_this_seed():
+    labels = np.repeat(range(5), 4)
+    photos = [torch.zeros(4, 40, 40, dtype=torch.uint8)] * len(labels)
+    sampler = MPerClassSampler(labels, 2, 8)
+    batches = Batches(photos=photos, size=40, seed=(3, 1), sampler=sampler)
+    asked = [sampler.batch((3, 1, n)) for n in range(6)]
+    assert [batches[n][2].tolist() for n in range(6)] == asked
+    assert len(set(map(str, asked))) == 6
+
+
+@pytest.mark.parametrize("make", [
+    lambda photos, **options: training(photos, [0] * 12, **options),
+    lambda photos, **options: evaluation([photos[0]] * 12, **options)])
+def test_backgrounds_are_drawn_with_replacement_and_evenly(album, make):
+    _, backgrounds, _ = make(Photos(*album, 45), draws=100)[0]
     assert (backgrounds.amin((2, 3, 4)) == backgrounds.amax((2, 3, 4))).all()
     drawn = backgrounds[:, :, 0, 0, 0] // 20  # (draws, B), 100 +- 10 of each
     count = drawn.flatten().bincount(minlength=12)
@@ -166,31 +245,87 @@ def test_backgrounds_are_drawn_with_replacement_and_evenly(album):
 
 
 def test_backgrounds_take_the_training_transform_in_evaluation_too(album):
-    pool = [torch.from_numpy(picture(90, 60)).permute(2, 0, 1)]
-    _, backgrounds = batches(Photos(*album, 45, 40), [[0, 1, 2]], train=False, pool=pool)[0]
-    assert len({b.numpy().tobytes() for b in backgrounds.flatten(0, 1)}) == 6
+    """Of a ramp, views tell how wide the crop was and whether it is flipped."""
+    ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(3, 60, 60)
+    _, backgrounds, _ = evaluation([Photos(*album, 45)[0]], pool=[ramp], draws=400)[0]
+    left, right = backgrounds[:, 0, 0, 0, 0].int(), backgrounds[:, 0, 0, 0, -1].int()
+    assert 160 < (left > right).sum() < 240  # 200 +- 10
+    widths = (left - right).abs() / 240
+    assert 0.3 < widths.min() < 0.4 and 0.9 < widths.max() <= 1  # area from 0.16, ratio from 3:4
 
 
-def test_batches_are_a_function_of_seed_and_number(album):
+def test_replacing_backgrounds_changes_nothing_else(album):
+    """Base and BGAugment see the same photos, cropped alike; one draw is the first of several."""
+    photos = Photos(*album, 45)
+    for make in (lambda draws: training(photos, [0, 3, 3, 5], draws=draws),
+                 lambda draws: evaluation(photos, draws=draws)):
+        items = [make(draws)[0] for draws in (0, 1, 3)]
+        for found, backgrounds, indices in items:
+            assert torch.equal(found, items[0][0]) and torch.equal(indices, items[0][2])
+            assert torch.equal(backgrounds, items[2][1][:len(backgrounds)])
+
+
+def test_training_batches_are_a_function_of_seed_and_number(album):
+    """Whatever is drawn before, by whatever worker, from wherever a run goes on."""
     photos, lists = Photos(*album, 45), [[0, 1], [2, 3], [4, 5], [0, 1]]
-    once = batches(photos, lists)
-
-    def same(a, b):
-        return all(map(torch.equal, a, b))
-
+    batches = training(photos, *lists)
+    once = [batches[n] for n in range(4)]
     for workers, start in ((0, 0), (2, 0), (0, 3), (2, 2)):
         torch.manual_seed(workers)
-        found = list(loader(once, SimpleNamespace(workers=workers, device="cpu"), start))
-        assert len(found) == 4 - start
-        assert all(same(once[b], item) for b, item in zip(range(start, 4), found))
-    assert not same(once[0], once[3])  # the same photos, other crops
-    assert not any(map(torch.equal, once[0], batches(photos, lists, seed=(1, 3))[0]))
+        args = SimpleNamespace(workers=workers, device="cpu")
+        found = list(loader(batches, args, range(start, 4)))
+        assert len(found) == 4 - start and all(map(same, once[start:], found))
+    for k in range(2):  # the same photos; neither photos nor backgrounds are as before
+        assert not torch.equal(once[0][k], once[3][k])
+        assert not torch.equal(once[0][k], training(photos, *lists, seed=(1, 3))[0][k])
 
 
-def test_mix_gives_every_purpose_its_own_seed():
-    seeds = {bgbias.mix(*numbers) for numbers in np.ndindex(6, 6, 6)}
+def epochs(batches, numbers, workers=0):
+    """[(photos, backgrounds, indices)], whole epochs, whatever the size of the items."""
+    args, whole = SimpleNamespace(workers=workers, device="cpu"), batches.items_a_pass
+    items = range(numbers.start * whole, numbers.stop * whole)
+    items = list(loader(batches, args, items))
+    passes = []
+    for first in range(0, len(items), whole):
+        photos, backgrounds, indices = zip(*items[first:first + whole])
+        passes.append((torch.cat(photos), torch.cat(backgrounds, dim=1), torch.cat(indices)))
+    return passes
+
+
+def test_evaluation_goes_through_all_photos_in_order_once_an_epoch(album, monkeypatch):
+    monkeypatch.setattr(bgbias, "EVAL_BATCH", 4)
+    photos = Photos(*album, 45)
+    batches = evaluation(photos)
+    assert batches.items_a_pass == 2
+    assert [batches[n][2].tolist() for n in range(5)] == [
+        [0, 1, 2, 3], [4, 5], [0, 1, 2, 3], [4, 5], [0, 1, 2, 3]]
+    first, second, third = epochs(batches, range(3))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[0], third[0])
+    for b in range(len(SIZES)):  # each epoch draws backgrounds of its own for each photo
+        drawn = [backgrounds[:, b].flatten().tolist() for _, backgrounds, _ in (first, second, third)]
+        assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 32])
+def test_evaluation_depends_neither_on_the_size_of_its_batches_nor_on_workers(
+        album, monkeypatch, size):
+    """Backgrounds are a function of seed, epoch and photo, so a run may go on anywhere."""
+    photos = Photos(*album, 45)
+    expected = epochs(evaluation(photos), range(3))
+    monkeypatch.setattr(bgbias, "EVAL_BATCH", size)
+    batches = evaluation(photos)
+    for workers, numbers in ((0, range(3)), (2, range(3)), (0, range(1, 3)), (1, range(2, 3))):
+        torch.manual_seed(size)
+        found = epochs(batches, numbers, workers)
+        assert len(found) == len(numbers) and all(map(same, found, expected[numbers.start:]))
+    other = epochs(evaluation(photos, seed=(1, 3)), range(1))[0]
+    assert torch.equal(other[0], expected[0][0]) and not torch.equal(other[1], expected[0][1])
+
+
+def test_seed_of_gives_every_purpose_its_own_seed():
+    seeds = {seed_of(*numbers) for numbers in np.ndindex(6, 6, 6)}
     assert len(seeds) == 216 and all(0 <= s < 2**64 for s in seeds)
-    assert bgbias.mix(1, 2) == bgbias.mix(1, 2)
+    assert seed_of(1, 2) == seed_of(1, 2)
 
 
 def test_replacement_at_mask_zero_one_and_between():
@@ -206,29 +341,79 @@ def test_replacement_at_mask_zero_one_and_between():
         assert found[b, c, y, x].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_conditions_by_hand():
+def test_unpack_by_hand():
+    photos = torch.tensor([[200, 100], [50, 90], [0, 80], [255, 51]], dtype=torch.uint8)
+    images, masks = bgbias.unpack(photos.reshape(1, 4, 1, 2))
+    assert images.tolist() == [[[[200, 100]], [[50, 90]], [[0, 80]]]]
+    assert masks.flatten().tolist() == pytest.approx([1, 0.2])
+
+
+def test_views_by_hand():
     """Two pixels, all foreground and three fifths; each condition is one line of arithmetic."""
     model = Embedder("smallconv", "none", 32)
-    photo = torch.tensor([[200, 100], [50, 100], [0, 100], [255, 153]]).reshape(1, 4, 1, 2)
+    photos = torch.tensor([[200, 100], [50, 100], [0, 100], [255, 153]]).reshape(1, 4, 1, 2)
     drawn = torch.tensor([[10, 20], [30, 40], [50, 60]]).reshape(1, 1, 3, 1, 2)
     mean, std = (np.array(RGB) * 255 for RGB in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     first, second = np.array([200, 50, 0]), np.array([100, 100, 100])
     pixels = {
         "clean": (first, second),
-        "replaced_0": (first, 0.6 * second + 0.4 * np.array([20, 40, 60])),
+        "replaced": (first, 0.6 * second + 0.4 * np.array([20, 40, 60])),
         "object_only": (first, 0.6 * second + 0.4 * mean),
         "background_only": (mean, 0.4 * second + 0.6 * mean),
     }
-    found = dict(conditions(photo.byte(), drawn.byte(), model, everything=True))
+    images, masks = bgbias.unpack(photos.byte())
+    found = dict(views(model.normalise(images), masks, model.normalise(drawn.float()), extra=True))
     assert list(found) == list(pixels)
     for name, pair in pixels.items():
         expected = (np.stack(pair, axis=1) - mean[:, None]) / std[:, None]
-        np.testing.assert_allclose(found[name][0, :, 0].numpy(), expected, atol=1e-4)
+        (version,) = found[name]
+        np.testing.assert_allclose(version[0, :, 0].numpy(), expected, atol=1e-4)
 
 
-def test_conditions_without_draws_are_clean_only():
-    model, photo = Embedder("smallconv", "none", 32), torch.zeros(2, 4, 3, 3, dtype=torch.uint8)
-    assert [name for name, _ in conditions(photo, torch.empty(0), model)] == ["clean"]
-    two = torch.zeros(2, 2, 3, 3, 3, dtype=torch.uint8)
-    found = [name for name, _ in conditions(photo, two, model)]
-    assert found == ["clean", "replaced_0", "replaced_1"]
+# RGB in [0, 255]: mean colour, standard deviation, order of the channels the network wants.
+INPUTS = {"bninception": ((128, 117, 104), (1, 1, 1), [2, 1, 0]),
+          "smallconv": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), [0, 1, 2])}
+
+
+@pytest.mark.parametrize("backbone", INPUTS)
+def test_views_of_normalised_images_are_normalised_views_of_pixels(backbone):
+    """Compositing pixels, with the mean colour where a part is left out, and then normalising."""
+    model, rng = Embedder(backbone, "none", 64), np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 3, 6, 7)).astype(float)
+    backgrounds = rng.integers(0, 256, (4, 2, 3, 6, 7)).astype(float)
+    masks = rng.choice([0, 0.25, 0.7, 1], (2, 1, 6, 7))
+    mean, std, order = INPUTS[backbone]
+    mean, std = np.array(mean)[:, None, None], np.array(std)[:, None, None]
+    pixels = {"clean": [images],
+              "replaced": [masks * images + (1 - masks) * drawn for drawn in backgrounds],
+              "object_only": [masks * images + (1 - masks) * mean],
+              "background_only": [(1 - masks) * images + masks * mean]}
+    normalised = [model.normalise(torch.tensor(x).float()) for x in (images, backgrounds)]
+    found = dict(views(normalised[0], torch.tensor(masks).float(), normalised[1], extra=True))
+    assert list(found) == list(pixels)
+    for name, versions in pixels.items():
+        for version, expected in zip(found[name], versions, strict=True):
+            expected = ((expected - mean) / std)[:, order]
+            np.testing.assert_allclose(version.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_part_that_is_left_out_does_not_matter():
+    rng = torch.Generator().manual_seed(0)
+    images, others = torch.randn(2, 3, 3, 4, 5, generator=rng)
+    masks = torch.randint(2, (3, 1, 4, 5), generator=rng).float()
+    swapped = replace_background(images, masks, others)
+    before, after = (dict(views(x, masks, others[None], extra=True)) for x in (images, swapped))
+    for condition in ("replaced", "object_only"):
+        assert torch.equal(before[condition][0], after[condition][0])
+    assert not torch.equal(before["background_only"][0], after["background_only"][0])
+
+
+def test_views_are_as_many_as_the_draws_and_no_more_than_asked():
+    """Validation asks for no extra ones."""
+    images, masks = torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    for draws in (0, 1, 5):
+        drawn = torch.randn(draws, 2, 3, 4, 5)
+        found = {name: len(versions) for name, versions in views(images, masks, drawn, extra=False)}
+        assert found == {"clean": 1, "replaced": draws}
+        found = {name: len(versions) for name, versions in views(images, masks, drawn, extra=True)}
+        assert found == {"clean": 1, "replaced": draws, "object_only": 1, "background_only": 1}
