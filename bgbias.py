@@ -546,8 +546,8 @@ def loader(batches, args, items):
 
 
 def quiet_worker(worker):
-    """Ctrl-C reaches the workers too, but it is for the main process to end them and to say so. What
-    goes wrong in a worker reaches the main process as an exception, without its stderr."""
+    """Ctrl-C reaches the workers too, but the main process ends them, and says so. What goes wrong
+    in a worker reaches the main process as an exception; its stderr would only repeat it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")
 
@@ -1350,7 +1350,7 @@ def print_results(args):
         print(f"not to be compared: one has {', the other '.join(settings)}")
     for result in results:
         clean, replaced = (result.figures[view, "map@r"][0] for view in ("clean", "replaced"))
-        if clean:
+        if replaced < clean:
             print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
                   f"{100 * (1 - replaced / clean):.0f} % of its MAP@R.")
     print(f"all metrics: {run_folder(args, KINDS[args.bgaugment]) / 'result.json'}")
@@ -1563,7 +1563,7 @@ def command(name, main):
         reason = str(error)
         if not getattr(error, "filename", None):  # no file is to blame: a connection broke
             reason = (f"--workers: a process that prepares batches died ({one_line(error)}); is "
-                      "memory or /dev/shm full? The same command goes on, with fewer --workers or 0")
+                      "memory or /dev/shm full? The same command goes on; try fewer, or 0")
     print(f"{name}: error: {reason}", file=sys.stderr)
     sys.exit(2)
 

@@ -165,7 +165,8 @@ def test_killed_before_any_file_is_renamed(shop, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *paths: renamed.append(paths[1].name) or replace(*paths))
         finish(f"{flags} --runs a")
-    assert renamed == ["config.json", *["best.pt", "log.jsonl", "last.pt"] * 2, "result.json"]
+    assert renamed[:4] == ["config.json", "best.pt", "log.jsonl", "last.pt"]
+    assert renamed[-3:] == ["log.jsonl", "last.pt", "result.json"]
     for rename in range(1, len(renamed) + 1):
         die_at(monkeypatch, Path, "replace", rename, f"{flags} --runs b")
         finish(f"{flags} --runs b")
@@ -277,15 +278,12 @@ def children(parent):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc to find it in")
 def test_a_worker_that_dies_ends_the_run(shop):
     with process(shop, f"{TINY} --epochs 1000 --patience 1000 --iterations 100 --workers 1") as started:
-        epochs = len(log(shop / "runs" / RUN))
-        last = (shop / "runs" / RUN / "last.pt").stat().st_mtime_ns
-        wait_for(lambda: (shop / "runs" / RUN / "last.pt").stat().st_mtime_ns > last, started)
-        os.kill(children(started.pid)[0], signal.SIGKILL)  # while the next epoch is trained
+        time.sleep(random.uniform(0, 0.5))
+        os.kill(random.choice(children(started.pid)), signal.SIGKILL)  # of training or of validation
         assert started.wait(timeout=60) == 2
     line, = [line for line in (shop / "stderr").read_text().splitlines() if line]
     assert line.startswith("bgbias.py: error: --workers: a process that prepares batches died")
     assert "The same command goes on" in line
-    assert len(log(shop / "runs" / RUN)) > epochs
 
 
 # ---- What a run writes ---------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def stop(process, folder, signal_number):
     """Sends the signal; (exit code, stderr). Nobody waits for what is slow, and soon after no
     process is left."""
     process.send_signal(signal_number)
-    _, error = process.communicate(timeout=5)
-    deadline = time.monotonic() + 3
+    _, error = process.communicate(timeout=30)
+    deadline = time.monotonic() + 15
     while any(processes(folder)):
         assert time.monotonic() < deadline, list(processes(folder))
         time.sleep(0.05)
