@@ -281,6 +281,13 @@ def test_end_of_a_run_without_a_sibling(tmp_path, capsys):
     assert lines == [f"all metrics: {run}/result.json"]  # of nothing, no share is lost
 
 
+def test_end_of_a_run_that_loses_nothing(tmp_path, capsys):
+    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.3)
+    _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
+    assert (table["arcface"]["clean"], table["arcface"]["replaced"]) == ("20.00", "30.00")
+    assert lines == [f"all metrics: {run}/result.json"]
+
+
 def test_end_of_a_run_beside_another_kind_of_run(tmp_path, capsys):
     make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
     make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags="--lr 1")
