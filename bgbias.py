@@ -939,7 +939,7 @@ def nmi(embeddings, labels, seed):
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    kmeans = KMeans(len(np.unique(labels)), n_init=1, random_state=seed)
+    kmeans = KMeans(len(np.unique(labels)), n_init=1, random_state=seed % 2**32)
     return float(normalized_mutual_info_score(labels, kmeans.fit_predict(embeddings.cpu().numpy())))
 
 
@@ -1005,6 +1005,8 @@ def write(path, save):
         save(draft)
         draft.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+        if "DataLoader worker" in str(error):  # one died meanwhile
+            raise
         raise UserError(f"{path}: could not be written ({one_line(error)}); make room or choose "
                         "another folder, the same command goes on") from error
     finally:
@@ -1198,7 +1200,8 @@ def table_row(results):
             if hasattr(paper, f"{heading}_std"):
                 row[f"paper: {heading}"] += f" ± {getattr(paper, f'{heading}_std'):.2f}"
             if found:
-                row[f"{heading} - paper"] = f"{means.mean() - getattr(paper, heading):+.2f}"
+                difference = round(means.mean() - getattr(paper, heading), 2) + 0  # not -0.00
+                row[f"{heading} - paper"] = f"{difference:+.2f}"
     return row
 
 
@@ -1256,7 +1259,7 @@ def read_result(run):
     """The Result in a run's folder. Raises UserError if there is none."""
     file, log, attention = (run / f for f in ("result.json", "log.jsonl", "attention.json"))
     if not file.exists():
-        epochs = len(log.read_text().splitlines()) if log.exists() else 0
+        epochs = log.read_bytes().count(b"\n") if log.exists() else 0
         raise UserError(f"{run}: not finished, {epochs} epochs so far")
     try:
         saved = json.loads(file.read_text())
@@ -1268,6 +1271,8 @@ def read_result(run):
         for condition, scores in saved["test"].items():
             std = scores.get("std", {})
             for metric, value in scores.get("mean", scores).items():
+                if not 0 <= value <= 1:
+                    raise ValueError(f"its {condition} {metric} is {value}")
                 figures[condition, metric] = float(value), float(std.get(metric, math.nan))
         if attention.exists():
             scores = json.loads(attention.read_text())
@@ -1276,7 +1281,7 @@ def read_result(run):
         if not {("clean", "map@r"), ("replaced", "map@r")} <= figures.keys():
             raise ValueError("no MAP@R")
         return Result(dataset_name(args.dataset), args.loss, kind, figures, " ".join(args.unusual))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run}: left out, not a result ({error!r})") from error
 
 
@@ -1348,6 +1353,8 @@ def print_results(args):
     settings = dict.fromkeys(result.unusual or "the defaults" for result in results)
     if len(settings) > 1:
         print(f"not to be compared: one has {', the other '.join(settings)}")
+    elif "the defaults" not in settings:
+        print(f"* {', '.join(settings)}")
     for result in results:
         clean, replaced = (result.figures[view, "map@r"][0] for view in ("clean", "replaced"))
         if replaced < clean:
@@ -1433,8 +1440,8 @@ def choose_device(args):
         args.device = "cuda" if torch.cuda.is_available() else mps
     try:
         torch.ones(2, device=args.device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(f"--device {args.device}: {one_line(error)}") from error
     if args.workers is None:
         args.workers = min(8, cpus()) if args.device.startswith("cuda") else 0
     # Workers hand their batches over in /dev/shm, of which a container often has only 64 MB. Each
@@ -1460,7 +1467,7 @@ def check_backgrounds(args):
     usual = default_backgrounds(args.dataset, args.data)
     if (val, test) == (POOL, POOL) and Path(args.backgrounds).name == Path(usual).name:
         return
-    if args.dataset in PAPER and args.backgrounds == usual:
+    if args.dataset in PAPER and Path(args.backgrounds) == Path(usual):
         raise UserError(f"{usual}: {val} and {test} photos in val/ and test/ instead of {POOL} "
                         "each; see README, Data, or give a folder of your own as --backgrounds")
     args.unusual.append(f"--backgrounds {args.backgrounds} ({val} and {test} photos)")
@@ -1558,12 +1565,15 @@ def command(name, main):
     except UserError as error:
         reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
     except (OSError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
         reason = str(error)
-        if not getattr(error, "filename", None):  # no file is to blame: a connection broke
+        lost = (ConnectionResetError, ConnectionRefusedError, EOFError)
+        if "DataLoader worker" in reason or isinstance(error, lost):
+            if hasattr(signal, "SIGCHLD"):  # or PyTorch says it again, with a traceback, at the end
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             reason = (f"--workers: a process that prepares batches died ({one_line(error)}); is "
                       "memory or /dev/shm full? The same command goes on; try fewer, or 0")
+        elif isinstance(error, RuntimeError):
+            raise
     print(f"{name}: error: {reason}", file=sys.stderr)
     sys.exit(2)
 

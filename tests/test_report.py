@@ -16,7 +16,7 @@ from conftest import ROOT
 
 def metrics(value, ks=(1, 2, 4, 8)):
     return {"map@r": value, "r_precision": value + 0.02,
-            **{f"recall@{k}": value + 0.01 * k for k in ks}}
+            **{f"recall@{k}": value + 0.01 * min(k, 10) for k in ks}}
 
 
 def drawn(value, std):
@@ -458,3 +458,24 @@ def test_command_line_on_a_terminal_without_utf8(tmp_path):
     text = shown.stdout.decode("ascii")
     assert "18.00 ? 1.00" in text and "? replaced  ? clean" in text
     assert EXPECTED in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", "1e300"])
+def test_impossible_figures_are_left_out(tmp_path, capsys, value):
+    make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
+    odd = make_run(tmp_path, "toy-triplet-base-s43", 0.4, 0.3) / "result.json"
+    odd.write_text(re.sub(r'("clean": \{\s*"map@r": )[\d.]+', rf"\g<1>{value}", odd.read_text()))
+    text, _ = report(tmp_path, capsys)
+    assert f"{odd.parent}: left out, not a result (ValueError('its clean map@r is " in text
+
+
+def test_a_binary_log_and_a_folder_in_the_place_of_a_result_are_left_out(tmp_path, capsys):
+    make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
+    for seed in (43, 44):
+        run = make_run(tmp_path, f"toy-triplet-base-s{seed}", 0.4, 0.3)
+        (run / "result.json").unlink()
+    (tmp_path / "toy-triplet-base-s43/log.jsonl").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "toy-triplet-base-s44/result.json").mkdir()
+    text, _ = report(tmp_path, capsys)
+    assert "toy-triplet-base-s43: not finished, 1 epochs so far" in text
+    assert "toy-triplet-base-s44: left out, not a result (IsADirectoryError" in text
