@@ -83,7 +83,8 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative margin is intended: it counts every positive pair in the mean.
+        # The negative margin is no typo: every positive pair then has a loss above 0, so nzmean
+        # averages over all of them.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -143,7 +144,7 @@ sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  
 sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
 """)
 
-DEFAULTS = {  # of the flags whose default depends on the dataset
+DEFAULTS = {  # of those flags that differ between the paper's setup and toy
     "paper": dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
                   weights="imagenet"),
     "toy": dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
@@ -151,14 +152,14 @@ DEFAULTS = {  # of the flags whose default depends on the dataset
 }
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
-SHORT_SIDE = 256 / 227  # a photo's short side before it is cropped, for a crop of side 1
+RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResizedCrop, Section 4
 DRAWS = 5  # draws of random backgrounds at test time; validation draws once an epoch
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; of all others 1, 2, 4, 8
 EVAL_BATCH = 32  # photos; no figure depends on it
 
-# What a random number is for is a part of its seed. Nothing depends on what was drawn before, so a
-# run that goes on after a stop needs no random state.
+# Every random number gets a seed of its own from the run's seed, its purpose and its position, so a
+# run that goes on after a stop needs no saved random state.
 INIT, TRAIN, VAL, TEST, DROPOUT = range(5)
 
 # Network input: channel order, mean, standard deviation, for pixels in [0, 255].
@@ -462,7 +463,7 @@ def free_memory():
 
 def short_side(crop):
     """The short side, in px, to which a photo is resized before a crop of that size is taken."""
-    return round(SHORT_SIDE * crop)
+    return round(RESIZE * crop)
 
 
 def random_view(photo, size):
@@ -483,8 +484,8 @@ class Batches(torch.utils.data.Dataset):
     indices (B,).
 
     Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
-    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; after the last
-    photo it begins again, so that items go on from epoch to epoch. Backgrounds are drawn with
+    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; the item after the
+    last photo is the first of the next epoch. Backgrounds are drawn with
     replacement from `pool` and always take the training transform, in evaluation too (Section 4).
     """
 
@@ -508,7 +509,7 @@ class Batches(torch.utils.data.Dataset):
         photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
         backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
         for k, (index, seed) in enumerate(plan):
-            torch.manual_seed(seed_of(*seed))
+            torch.manual_seed(seed_of(*seed))  # of torchvision's crops and ours, wherever this runs
             photo = self.photos[index]
             photos[k] = (random_view(photo, self.size) if self.sampler
                          else TF.center_crop(photo, self.size))
@@ -604,8 +605,9 @@ class MPerClassSampler:
 def images_per_class(loss, batch_size, classes):
     """m: 4 for pair losses, 1 for classification losses, if there are enough classes."""
     # DIFF: with fewer classes than a batch wants, m grows to a divisor of the batch size that fits.
+    # But never one class alone, if there are two: of one class, nothing is learned.
     least = 1 if loss in CLASSIFICATION else 4
-    for m in range(least, batch_size // min(2, classes) + 1):  # of one class, nothing is learned
+    for m in range(least, batch_size // min(2, classes) + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
             return m
     raise UserError(f"--batch-size {batch_size}: not {least} images or more of each of two classes")
@@ -782,8 +784,8 @@ class Embedder(nn.Module):
 
 # ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
-# Called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]); the lr_loss among
-# those is the optimiser's.
+# Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Pair
+# losses have no use for the class weights, and no loss for lr_loss, which is the optimiser's.
 
 
 def pairs(labels):
@@ -838,7 +840,7 @@ def class_cosines(embeddings, weight):
 
 def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
     """cross-entropy of scale cos(theta_c), for the own class scale cos(theta_c + margin degrees)
-    (Deng et al. 2019, in the plain form for theta + margin > 180 degrees too)"""
+    (Deng et al. 2019; unlike later versions, also where theta + margin exceeds 180 degrees)"""
     cosines = class_cosines(embeddings, weight)
     theta = cosines.clamp(-1 + 1e-7, 1 - 1e-7).acos()
     own = F.one_hot(labels, len(weight)).bool()
@@ -948,7 +950,7 @@ def nmi(embeddings, labels, seed):
 
 @torch.no_grad()
 def embed(network, batches, device, *, extra=False):
-    """{condition: (draws, N, D)}, draws = 1 where none is drawn, of items of evaluation Batches."""
+    """{condition: (draws, N, D)} of items of evaluation Batches; draws is 1 but for replaced."""
     network.eval()
     embeddings = defaultdict(list)
     for photos, backgrounds, _ in batches:
@@ -1029,8 +1031,7 @@ class State:
         self.class_weights = None
         if args.loss in CLASSIFICATION:
             self.class_weights = nn.Parameter(torch.randn(classes, EMBEDDING).to(args.device))
-            hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
-            groups.append({"params": [self.class_weights], "lr": hparams["lr_loss"]})
+            groups.append({"params": [self.class_weights], "lr": args.hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.history = []
         self.select = args.select
@@ -1068,9 +1069,9 @@ class State:
 
 
 def training_data(args, splits, epochs_done):
-    """What is left to read: the batches of the training, the items of the validations, and how many
-    items are one validation. Both iterators last to the end of the training: no processes are
-    started anew, and the next epoch's batches are prepared while this one is validated."""
+    """Returns iterators over all training batches and all validation items that are left, and how
+    many items one validation has. Both last to the end of the training: no processes are started
+    anew, and the next epoch's batches are prepared while this one is validated."""
     short, labels = short_side(args.image_size), splits["train"].labels
     m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
     train_photos = Photos(splits["train"].images, splits["train"].masks, short)
@@ -1096,7 +1097,6 @@ def train(args, splits, state, run):
     best epoch) and last.pt (all it needs to go on). Raises UserError if the loss is not finite.
     Section 4."""
     device, network = args.device, state.network
-    hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
     train_labels = torch.from_numpy(splits["train"].labels)
     batches, val_items, items_a_pass = training_data(args, splits, state.epochs)
     while not finished(state, args):
@@ -1111,9 +1111,9 @@ def train(args, splits, state, run):
             if args.bgaugment:  # the paper's method is this line
                 backgrounds = backgrounds[0].to(device, non_blocking=True).float()
                 images = replace_background(images, masks, backgrounds)
-            torch.manual_seed(seed_of(args.seed, DROPOUT, epoch, step))
+            torch.manual_seed(seed_of(args.seed, DROPOUT, epoch, step))  # some backbones have it
             embeddings = network(network.normalise(images))
-            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **hparams)
+            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
             loss.backward()
             state.optimiser.step()
@@ -1365,10 +1365,10 @@ def print_results(args):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# Say which run it is, and where its data lies: none makes a run unlike the paper's. (The pool of
-# backgrounds may: check_backgrounds.)
-IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "backgrounds"}
-# May be others when a run goes on.
+# These say which run it is and where its data lies, so none of them marks it as unlike the paper's.
+# (check_backgrounds looks at the pool itself.)
+IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "backgrounds", "hparams"}
+# These may have other values when a run goes on.
 MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual"}
 
 
@@ -1426,8 +1426,12 @@ def parse_args(argv=None):
                         select="replaced" if known.bgaugment else "clean")
     args = parser.parse_args(argv)
     args.dataset = ALIASES.get(args.dataset, args.dataset)
-    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # fetched by hand, the paper's too
+    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)
+    tuned_on = args.dataset if args.dataset in HPARAMS else "cars196"
+    args.hparams = HPARAMS[tuned_on].get(args.loss)  # in config.json: they make a run what it is
+    if args.hparams is None:
+        raise UserError(f"--loss {args.loss}: has no entry in HPARAMS['{tuned_on}']")
     args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                     if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
     return args
@@ -1531,7 +1535,7 @@ def main(argv=None):
     begun = (run / "last.pt").exists()
     if begun:
         check_config(args, run)
-    state = State(args, classes, "none" if begun else args.weights)  # no download to go on
+    state = State(args, classes, "none" if begun else args.weights)  # last.pt has them
     if begun:
         state.load(run / "last.pt")
     else:

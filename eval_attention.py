@@ -78,7 +78,7 @@ def attention_map(model, images, black_embedding, distance, generator):
     copies = copies.flatten(0, 1).requires_grad_()  # (B * 25, 3, H, W)
     target = distance(model(copies), black_embedding).sum() / COPIES  # sum of the images' means
     gradient, = torch.autograd.grad(target, copies)  # of the copies only, none of the weights
-    gradient = gradient.mean(dim=1).abs()  # the channels' mean is signed
+    gradient = gradient.mean(dim=1).abs()  # mean over the channels first, then absolute
     G = gradient.unflatten(0, (-1, COPIES)).sum(dim=1)  # (B, H, W)
     low = G.amin((1, 2))
     high = G.flatten(1).quantile(QUANTILE, dim=1)
@@ -244,8 +244,8 @@ def pair_up(runs):
         pair = pairs.setdefault((name, run.args.loss, run.args.seed), {})
         for other in pair.values():
             if kind in pair or run.images != other.images:
-                raise UserError(f"{run.folder}: as {other.folder}, but not the base or BGAugment "
-                                "run on the same photos that belongs to it; give one of them")
+                raise UserError(f"{run.folder} and {other.folder}: are no pair; give one base and "
+                                "one BGAugment run of the same dataset, loss, seed and photos")
         pair[kind] = run
     return pairs
 
