@@ -483,7 +483,7 @@ def test_error_scores(capsys, runs, tmp_path):
 
 
 def test_error_same_run_twice(capsys, runs, tmp_path):
-    assert "give one of them" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path / runs[0].name))
+    assert "are no pair; give one base and one BGAugment run" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path / runs[0].name))
 
 
 def test_error_figure(capsys, runs, tmp_path):
