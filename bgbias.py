@@ -177,6 +177,19 @@ def one_line(error):
     return " ".join(str(error).split())[:150] or repr(error)
 
 
+@contextlib.contextmanager
+def explain(subject, remedy):
+    """Any error inside becomes a UserError: what it is about, the reason, and what to do. For the
+    reading of files and the work of libraries, which raise nearly anything when the input is bad.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{subject}: {one_line(error)}; {remedy}") from error
+
+
 # ---- 2. Data -------------------------------------------------------------------------------------
 
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
@@ -315,14 +328,27 @@ def check_files(paths, what, remedy):
 
 def open_rgb(path):
     """The photo as PIL opens it (no EXIF rotation), 8-bit RGB. Raises UserError."""
-    try:
+    with explain(f"{path}: no readable image", "replace or remove it"):
         image = Image.open(path)
         if image.mode.startswith("I"):  # PIL clips 16 bits at 255 where it should divide
             image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
-        reason = one_line(error)
-        raise UserError(f"{path}: no readable image ({reason}); replace or remove it") from error
+
+
+def open_mask(path):
+    """The mask as an 8-bit greyscale PIL image, 255 = foreground. Raises UserError for a file that
+    is no mask: another mode (but 1-bit and grey RGB are fine), or values 0 and 1."""
+    with explain(path, "delete it and run masks.py, or save 8-bit greyscale, 255 = foreground"):
+        mask = Image.open(path)
+        channels = mask.split()
+        if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
+            mask = channels[0]
+        if mask.mode not in ("1", "L"):
+            raise ValueError(f"no mask, its mode is {mask.mode} instead of L")
+        mask = mask.convert("L")
+        if mask.getextrema()[1] == 1:
+            raise ValueError("no mask, its largest value is 1")
+        return mask
 
 
 def list_backgrounds(folder, part):
@@ -430,7 +456,7 @@ class Photos(torch.utils.data.Dataset):
     def decode(self, i):
         planes = [open_rgb(self.images[i])]
         if self.masks is not None:
-            planes.append(open_rgb(self.masks[i]).getchannel(0))
+            planes.append(open_mask(self.masks[i]))
             if planes[0].size != planes[1].size:
                 raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
                                 f"{planes[0].size}; delete it and run masks.py")

@@ -348,7 +348,7 @@ def test_a_broken_image_is_named(content, tmp_path):
     path.write_bytes(BROKEN[content])
     with pytest.raises(UserError) as error:
         open_rgb(path)
-    assert str(error.value).startswith(f"{path}: no readable image (")
+    assert str(error.value).startswith(f"{path}: no readable image: ")
     assert str(error.value).endswith("); replace or remove it") and "\n" not in str(error.value)
 
 
