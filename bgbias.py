@@ -42,6 +42,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +68,6 @@ SPLITS = {
 }
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
-ALIASES = {"stanford_online_products": "sop"}
 POOL = 100  # background photos in each of val/ and test/
 
 # The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper took over.
@@ -157,6 +158,8 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResize
 DRAWS = 5  # draws of random backgrounds at test time; validation draws once an epoch
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; of all others 1, 2, 4, 8
 EVAL_BATCH = 32  # photos; no figure depends on it
+LEAVE_FREE = 0.2  # share of the machine's memory that decoded photos leave to others
+WORKER_TIMEOUT = 60  # seconds
 
 # Every random number gets a seed of its own from the run's seed, its purpose and its position, so a
 # run that goes on after a stop needs no saved random state.
@@ -180,13 +183,12 @@ def one_line(error):
 @contextlib.contextmanager
 def explain(subject, remedy):
     """Any error inside becomes a UserError: what it is about, the reason, and what to do. For the
-    reading of files and the work of libraries, which raise nearly anything when the input is bad.
-    """
+    reading and writing of files and the work of libraries, which raise nearly anything."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or "DataLoader" in str(error):  # a worker that died
+            raise
         raise UserError(f"{subject}: {one_line(error)}; {remedy}") from error
 
 
@@ -195,40 +197,29 @@ def explain(subject, remedy):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Any of these under DATA shows where the dataset is: the folder that holds it is its root.
 PLACES = {
-    "cars196": ("car_ims", "cars196/car_ims", "cars_train", "cars196/cars_train",
-                "stanford_cars/cars_train"),
-    "cub200": ("CUB_200_2011/images", "cub200/CUB_200_2011/images"),
-    "sop": ("Stanford_Online_Products/Ebay_train.txt",
-            "sop/Stanford_Online_Products/Ebay_train.txt"),
+    "cars196": ("car_ims", "cars_train"),
+    "cub200": ("CUB_200_2011/images",),
+    "sop": ("Stanford_Online_Products/Ebay_train.txt",),
 }
+BROKEN_LIST = "this list of the dataset is missing or broken, get it again; see README, Data"
 
 
 def dataset_root(dataset, data):
-    """The folder of `dataset`: a named one under `data`, or the user's own. Raises UserError."""
+    """The folder of `dataset`: a named one in `data`, or the user's own. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
+    for place in PLACES.get(dataset, ()):
+        for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
+            if found.exists():
+                return found.parent
     if dataset in PLACES:
-        for place in PLACES[dataset]:
-            if Path(data, place).exists():
-                return Path(data, place).parent
-        looked = ", ".join(PLACES[dataset])
-        raise UserError(f"--data {data}: no {dataset} in it, looked for {looked}; see README, Data")
+        raise UserError(f"--data {data}: no {dataset}, looked in it and one folder deeper for "
+                        f"{' or '.join(PLACES[dataset])}; see README, Data")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: neither {', '.join(SPLITS)} nor a folder with "
                         "images/<class>/ in it")
     return Path(dataset)
-
-
-def read_list(file, read):
-    """read(file) of a dataset's list. Raises UserError if it is missing or broken."""
-    if not file.exists():
-        raise UserError(f"{file}: missing list; see README, Data")
-    try:
-        return read(file)
-    except Exception as error:  # scipy raises nearly anything
-        raise UserError(f"{file}: broken list ({error!r}); get it again, README, Data") from error
 
 
 def list_cars196(root):
@@ -242,21 +233,20 @@ def list_cars196(root):
         lists = [("cars_annos.mat", "", "relative_im_path")]
     listed = []
     for file, folder, field in lists:
-        def read(file):
-            rows = loadmat(file, simplify_cells=True)["annotations"]
-            return [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-
-        listed += read_list(root / file, read)
+        with explain(root / file, BROKEN_LIST), (root / file).open("rb") as mat:
+            rows = loadmat(mat, simplify_cells=True)["annotations"]
+            listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
     return listed
 
 
 def list_sop(root):
     """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
-    def read(file):
-        rows = (line.split() for line in file.read_text().splitlines()[1:])
-        return [(root / path, int(label) - 1) for _, label, _, path in rows]
-
-    return read_list(root / "Ebay_train.txt", read) + read_list(root / "Ebay_test.txt", read)
+    listed = []
+    for file in (root / "Ebay_train.txt", root / "Ebay_test.txt"):
+        with explain(file, BROKEN_LIST):
+            rows = [line.split() for line in file.read_text().splitlines()[1:]]
+            listed += [(root / path, int(label) - 1) for _, label, _, path in rows]
+    return listed
 
 
 def list_folder(root):
@@ -273,33 +263,38 @@ def list_photos(folder):
 
 
 def mask_path(root, image):
-    """The one rule: the mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
+    """The one rule: the mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png. Raises
+    ValueError for an image outside of ROOT."""
     parts = image.relative_to(root).parts
+    if ".." in parts:
+        raise ValueError(f"{image} is not in {root}")
     if parts[0] == "images":
         parts = parts[1:]
     return Path(root, "masks", *parts).with_suffix(".png")
 
 
-def split_classes(dataset, classes):
-    """{part: range of labels}; a user's folder is split 74 : 24 : 98, as Cars196."""
+def split_classes(dataset, classes, training):
+    """{part: range of labels}; a user's folder is split 74 : 24 : 98, as Cars196, for training."""
     if dataset in SPLITS:
         return SPLITS[dataset]
-    train = max(1, round(classes * 74 / 196))
-    val = train + max(1, round(classes * 24 / 196))
+    train = max(1, round(classes * 74 / 196)) if training else 0
+    val = train + max(1, round(classes * 24 / 196)) if training else 0
     return {"train": range(train), "val": range(train, val), "test": range(val, classes)}
 
 
-def load_splits(dataset, data="data", *, need_masks=True):
+def load_splits(dataset, data="data", *, need_masks=True, training=True):
     """{"train": Split, "val": Split, "test": Split} of a dataset, its files checked to be there.
-    Raises UserError naming what lacks. Section 4.1."""
+    Without `training`, all classes of a user's folder are for testing. Raises UserError naming what
+    lacks. Section 4.1."""
     root = dataset_root(dataset, data)
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     labels = np.array([label for _, label in listed], dtype=int)
     splits = {}
-    for part, classes in split_classes(dataset, len(np.unique(labels))).items():
+    for part, classes in split_classes(dataset, len(np.unique(labels)), training).items():
         rows = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
         images = [listed[row][0] for row in rows]
-        masks = [mask_path(root, image) for image in images]
+        with explain(f"{root}: a list of it names a file elsewhere", "get that list again"):
+            masks = [mask_path(root, image) for image in images]
         splits[part] = Split(images, masks, labels[rows])
     images = [path for split in splits.values() for path in split.images]
     masks = [path for split in splits.values() for path in split.masks]
@@ -308,22 +303,20 @@ def load_splits(dataset, data="data", *, need_masks=True):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} for testing, instead of "
                         "{:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
     for part, split in splits.items():
-        if np.bincount(split.labels, minlength=1).max() < 2:
+        if np.bincount(split.labels, minlength=1).max() < 2 and (training or part == "test"):
             raise UserError(f"{root}: no class with two photos for {part}; it takes three folders "
-                            f"{root}/images/<class>/ of photos at least")
+                            f"{root}/images/<class>/ of photos at least, or one with --epochs 0")
     mask, photos = Counter(masks).most_common(1)[0]
     if photos > 1:
         raise UserError(f"{mask}: would be the mask of two photos; rename one of them")
-    check_files(images, "image", f"unpack {root} again")
+    needed = {"image": (images, f"unpack {root} again")}
     if need_masks:
-        check_files(masks, "mask", f"run: python masks.py --dataset {dataset} --data {data}")
+        needed["mask"] = masks, f"run: python masks.py --dataset {dataset} --data {data}"
+    for what, (paths, remedy) in needed.items():
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(f"{missing[0]}: missing {what}, one of {len(missing):,}; {remedy}")
     return splits
-
-
-def check_files(paths, what, remedy):
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise UserError(f"{missing[0]}: missing {what}, one of {len(missing):,}; {remedy}")
 
 
 def open_rgb(path):
@@ -406,7 +399,7 @@ def make_toy(root, seed=2022):
     time, takes 10 s, and is there as a whole or not at all. Raises UserError."""
     if root.exists():
         return root
-    draft = root.with_name(f"{root.name}.tmp{os.getpid()}")
+    draft = draft_of(root)
     try:
         for label in range(SPLITS["toy"]["test"].stop):
             photos, masks = draft / f"images/{label:03d}", draft / f"masks/{label:03d}"
@@ -436,22 +429,29 @@ def make_toy(root, seed=2022):
 class Photos(torch.utils.data.Dataset):
     """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), short side resized to
     `short`. One tensor, so that every later crop and flip is the same for both. `masks` None:
-    (3, H, W). With `keep`, all are decoded now and stay in memory, if it is large enough."""
+    (3, H, W). With `keep`, photos are decoded now and stay in memory, as many as it has room for;
+    the others are decoded at every use."""
 
     def __init__(self, images, masks, short, *, keep=True):
         self.images, self.masks, self.short = images, masks, short
-        self.kept = None
-        if keep and self.fits():
-            # DIFF: photos are resized once a run; the authors do it at every use, to the same end.
-            with ThreadPoolExecutor(cpus()) as threads:
-                decoded = threads.map(self.decode, range(len(self)))
-                self.kept = list(tqdm(decoded, "decoding", len(self), leave=False, disable=None))
+        self.kept = []
+        if not keep:
+            return
+        # DIFF: photos are resized once a run; the authors do it at every use, to the same end.
+        with ThreadPoolExecutor() as threads:
+            decoded = threads.map(self.decode, range(len(self)))
+            for photo in tqdm(decoded, "decoding", len(self), leave=False, disable=None):
+                if free_memory() < LEAVE_FREE:
+                    print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay "
+                          "decoded, the others are decoded at every use (--workers helps)")
+                    break
+                self.kept.append(photo)
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.decode(i) if self.kept is None else self.kept[i]
+        return self.kept[i] if i < len(self.kept) else self.decode(i)
 
     def decode(self, i):
         planes = [open_rgb(self.images[i])]
@@ -462,29 +462,15 @@ class Photos(torch.utils.data.Dataset):
                                 f"{planes[0].size}; delete it and run masks.py")
         return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short)) for plane in planes])
 
-    def fits(self):
-        """Whether all of it, decoded, fits in four fifths of the free memory; says so if not."""
-        some = range(0, len(self), len(self) // 16 + 1)
-        needed = len(self) * np.mean([self.decode(i).nbytes for i in some])
-        free = free_memory()
-        if needed > 0.8 * free:
-            print(f"{len(self):,} photos, {needed / 2**30:.1f} GiB decoded, do not fit in the "
-                  f"{free / 2**30:.1f} GiB free: decoding at every use instead (--workers helps)")
-        return needed <= 0.8 * free
-
-
-def cpus():
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 
 def free_memory():
-    """Bytes that Linux says can be had; elsewhere half of the machine's."""
+    """The share of the machine's memory that Linux says can be had; 1 where nobody says."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
+        return kilobytes["MemAvailable:"] / kilobytes["MemTotal:"]
+    except (OSError, KeyError):
+        return 1.0
 
 
 def short_side(crop):
@@ -506,18 +492,19 @@ def seed_of(*numbers):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and the photos'
-    indices (B,).
+    """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
     Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
     random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; the item after the
-    last photo is the first of the next epoch. Backgrounds are drawn with
-    replacement from `pool` and always take the training transform, in evaluation too (Section 4).
+    last photo is the first of the next epoch. Backgrounds are drawn with replacement from `pool`
+    and always take the training transform, in evaluation too (Section 4).
     """
 
-    def __init__(self, *, photos, size, seed, sampler=None, pool=(), draws=0):
-        self.photos, self.size, self.seed = photos, size, seed
-        self.sampler, self.pool, self.draws = sampler, pool, draws
+    def __init__(self, *, photos, labels, size, seed, pool, draws, sampler=None):
+        self.photos, self.labels = photos, torch.as_tensor(labels)
+        self.size, self.seed = size, seed
+        self.pool, self.draws = pool, draws
+        self.sampler = sampler
         self.items_a_pass = math.ceil(len(photos) / EVAL_BATCH)
 
     def plan(self, n):
@@ -542,34 +529,21 @@ class Batches(torch.utils.data.Dataset):
             for draw in range(self.draws):
                 chosen = int(torch.randint(len(self.pool), ()))
                 backgrounds[draw, k] = random_view(self.pool[chosen], self.size)
-        item = photos, backgrounds, torch.tensor([index for index, _ in plan])
-        if torch.utils.data.get_worker_info():
-            share(item)
-        return item
-
-
-def share(tensors):
-    """Moves them to /dev/shm, through which a worker hands them over. DataLoader would do that in a
-    thread whose errors nobody sees, and the run would wait for ever. Raises UserError."""
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except RuntimeError as error:
-        raise UserError(f"--workers: no room in /dev/shm ({one_line(error)}); use fewer or 0, or "
-                        "give the container more (docker run --shm-size=2g)") from error
+        return photos, backgrounds, self.labels[[index for index, _ in plan]]
 
 
 def loader(batches, args, items):
-    """Iterates those items (a range) of `batches`, prepared ahead by --workers processes. Raises
-    UserError if they cannot be started."""
+    """Yields those items (a range) of `batches`, prepared ahead by --workers processes. Raises
+    UserError if they cannot be started; what ends them later is told in command()."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
     try:
-        return iter(torch.utils.data.DataLoader(
+        yield from torch.utils.data.DataLoader(
             batches, batch_size=None, sampler=items, num_workers=args.workers,
             multiprocessing_context="fork" if fork and args.workers else None,
-            worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")))
+            timeout=WORKER_TIMEOUT if args.workers else 0, worker_init_fn=quiet_worker,
+            pin_memory=args.device.startswith("cuda"))
     except OSError as error:
-        raise UserError(f"--workers {args.workers}: {error}; use fewer, or 0") from error
+        raise UserError(f"--workers {args.workers}: {one_line(error)}; use fewer, or 0") from error
 
 
 def quiet_worker(worker):
@@ -577,6 +551,10 @@ def quiet_worker(worker):
     in a worker reaches the main process as an exception; its stderr would only repeat it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")
+
+
+def to_device(tensors, device):
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def unpack(photos):
@@ -730,23 +708,38 @@ def build_backbone(name, weights):
         network = BNInception()
     elif name == "smallconv":
         network = smallconv()
+        if weights == "imagenet":
+            raise UserError("--weights imagenet: smallconv has none; use --weights none")
+    elif ":" in name:
+        network = hub_backbone(name, weights)
     elif name in torchvision.models.list_models(module=torchvision.models):
         return torchvision_backbone(name, weights)
     else:
-        raise UserError(f"--backbone {name}: not bninception, smallconv or in torchvision.models")
-    if name == "smallconv" and weights == "imagenet":
-        raise UserError("--weights imagenet: smallconv has none; use --weights none")
-    if weights != "none":
+        raise UserError(f"--backbone {name}: not bninception, smallconv, in torchvision.models or "
+                        "REPO:NAME")
+    if weights not in ("imagenet", "none") or (name, weights) == ("bninception", "imagenet"):
         load_weights(network, name, weights)
     return network
 
 
+def hub_backbone(name, weights):
+    """REPO:NAME: calls NAME() of the hubconf.py in REPO, a folder or GitHub's owner/repo. Its weights
+    are its own, or with "none" random. Raises UserError."""
+    repo, _, entry = name.rpartition(":")
+    remedy = "give REPO:NAME, NAME a function in the hubconf.py of the folder or owner/repo REPO"
+    with explain(f"--backbone {name}", remedy):
+        network = torch.hub.load(repo, entry, source="local" if Path(repo).is_dir() else "github",
+                                 trust_repo=True)
+        for module in network.modules():
+            if weights == "none" and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return network
+
+
 def torchvision_backbone(name, weights):
-    try:
+    with explain("--weights imagenet", "not downloaded, use --weights FILE"):
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--weights imagenet: no download ({error}); use --weights FILE") from error
     if weights not in ("imagenet", "none"):
         load_weights(network, name, weights)
     network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
@@ -761,42 +754,52 @@ def torchvision_backbone(name, weights):
 def load_weights(network, name, weights):
     """Loads a checkpoint strictly: BN-Inception's from the web, or a file. Raises UserError."""
     remedy = f"give a state dict of {name}"
-    try:
+    if weights == "imagenet":
+        remedy = f"fetch {BNINCEPTION_URL} elsewhere and give it as --weights FILE"
+    with explain(f"--weights {weights}", remedy):
         if weights == "imagenet":
-            remedy = f"fetch {BNINCEPTION_URL} elsewhere and give it as --weights FILE"
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         if name == "bninception":  # the file has an ImageNet classifier, ours has none
             state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
         network.load_state_dict(state)
-    except Exception as error:  # urllib, zip, pickle and torch each raise their own
-        raise UserError(f"--weights {weights}: {one_line(error)}; {remedy}") from error
 
 
 class Embedder(nn.Module):
-    """Backbone, Linear(features, 128), L2 norm: (B, 3, S, S) normalised -> (B, 128), unit length.
-    Raises UserError for unknown backbones, wrong weights, sizes the backbone does not take.
-    Section 4."""
+    """Backbone, Linear(features, embedding), L2 norm: (B, 3, S, S) normalised -> (B, embedding),
+    unit length; embedding 0 leaves the linear layer out. Raises UserError for unknown backbones,
+    wrong weights, sizes the backbone does not take, outputs that are not (B, features). Section 4.
+    """
 
-    def __init__(self, backbone, weights, size):
+    def __init__(self, backbone, weights, size, embedding=EMBEDDING):
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
-        self.order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_TORCHVISION
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-        try:
-            with torch.no_grad():
-                features = self.eval().backbone(torch.zeros(1, 3, size, size)).shape[1]
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--image-size {size}: not for {backbone} ({error})") from error
-        self.head = nn.Linear(features, EMBEDDING)
+        order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_TORCHVISION
+        remedy = f"needed: (B, 3, {size}, {size}) -> (B, features), finite; another --image-size?"
+        with torch.no_grad(), explain(f"--backbone {backbone}, --image-size {size}", remedy):
+            if ":" in backbone and hasattr(self.backbone, "mean"):  # not ImageNet's
+                mean = 255 * torch.as_tensor(self.backbone.mean)
+            if ":" in backbone and hasattr(self.backbone, "std"):
+                std = 255 * torch.as_tensor(self.backbone.std)
+            output = self.eval().backbone(torch.zeros(2, 3, size, size))
+            if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
+                raise ValueError(f"gives {getattr(output, 'shape', type(output))} of 2 images")
+            if not output.isfinite().all():
+                raise ValueError("gives nan or inf, are the --weights sound?")
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
+        self.width = embedding or output.shape[1]
+        self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
+        self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
 
     def normalise(self, images):
         """(..., 3, H, W) RGB in [0, 255] -> the backbone's input."""
-        return (images[..., self.order, :, :] - self.mean) / self.std
+        return (images.index_select(-3, self.order) - self.mean) / self.std
 
     def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.head(self.backbone(x)), dim=1)
 
     def train(self, mode=True):
@@ -820,21 +823,23 @@ def pairs(labels):
     return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
 
-def nzmean(terms):
-    """Mean over the strictly positive of terms >= 0; 0, with a gradient path, if there are none."""
+def nzmean(terms, chosen):
+    """Mean over the chosen terms that are above 0; 0, with a gradient path, if there are none.
+    Multiplied, not indexed, by booleans: a GPU need not tell the CPU how many there are."""
+    terms = F.relu(terms) * chosen
     return terms.sum() / (terms > 0).sum().clamp(min=1)
 
 
 def distances(embeddings):
     """(B, D) -> (B, B) Euclidean, with gradient 0 (not infinity) between equal embeddings."""
-    return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.linalg.vector_norm(embeddings[:, None] - embeddings, dim=2)
 
 
 def contrastive(embeddings, labels, weight=None, *, pos_margin, neg_margin):
     """nzmean_pos [d - pos_margin]+ + nzmean_neg [neg_margin - d]+  (Hadsell et al. 2006)"""
     d = distances(embeddings)
     pos, neg = pairs(labels)
-    return nzmean(F.relu(d[pos] - pos_margin)) + nzmean(F.relu(neg_margin - d[neg]))
+    return nzmean(d - pos_margin, pos) + nzmean(neg_margin - d, neg)
 
 
 def triplet(embeddings, labels, weight=None, *, margin):
@@ -842,7 +847,7 @@ def triplet(embeddings, labels, weight=None, *, margin):
     d = distances(embeddings)
     pos, neg = pairs(labels)
     triplets = pos[:, :, None] & neg[:, None, :]  # (B, B, B): anchor, positive, negative
-    return nzmean(F.relu(d[:, :, None] - d[:, None, :] + margin)[triplets])
+    return nzmean(d[:, :, None] - d[:, None, :] + margin, triplets)
 
 
 def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
@@ -859,15 +864,10 @@ def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
     return (attract + repel).mean()
 
 
-def class_cosines(embeddings, weight):
-    """(B, D), (C, D) -> (B, C)"""
-    return F.normalize(embeddings, dim=1) @ F.normalize(weight, dim=1).T
-
-
 def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
     """cross-entropy of scale cos(theta_c), for the own class scale cos(theta_c + margin degrees)
     (Deng et al. 2019; unlike later versions, also where theta + margin exceeds 180 degrees)"""
-    cosines = class_cosines(embeddings, weight)
+    cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
     theta = cosines.clamp(-1 + 1e-7, 1 - 1e-7).acos()
     own = F.one_hot(labels, len(weight)).bool()
     logits = torch.where(own, (theta + math.radians(margin)).cos(), cosines)
@@ -876,7 +876,8 @@ def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
 
 def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None):
     """cross-entropy of cos(e, W_c) / temperature  (Zhai & Wu 2019)"""
-    return F.cross_entropy(class_cosines(embeddings, weight) / temperature, labels)
+    cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
+    return F.cross_entropy(cosines / temperature, labels)
 
 
 # Classification losses have class weights, pair losses have none.
@@ -979,25 +980,30 @@ def embed(network, batches, device, *, extra=False):
     """{condition: (draws, N, D)} of items of evaluation Batches; draws is 1 but for replaced."""
     network.eval()
     embeddings = defaultdict(list)
-    for photos, backgrounds, _ in batches:
-        images, masks = unpack(photos.to(device, non_blocking=True))
-        images = network.normalise(images)
-        backgrounds = network.normalise(backgrounds.to(device, non_blocking=True).float())
+    for item in tqdm(batches, "embedding", leave=False, disable=None):
+        photos, backgrounds, _ = to_device(item, device)
+        images, masks = unpack(photos)
+        images, backgrounds = network.normalise(images), network.normalise(backgrounds.float())
         for condition, versions in views(images, masks, backgrounds, extra=extra):
             embeddings[condition].append(torch.stack([network(version) for version in versions]))
     return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
 
 
+def test_batches(split, args, draws=DRAWS):
+    """Batches of the test photos and new backgrounds. Fewer draws are the first of more."""
+    short = short_side(args.image_size)
+    pool = Photos(list_backgrounds(args.backgrounds, "test"), None, short)
+    photos = Photos(split.images, split.masks, short, keep=False)
+    return Batches(photos=photos, labels=split.labels, size=args.image_size,
+                   seed=(args.seed, TEST), pool=pool, draws=draws)
+
+
 def test(network, split, args):
     """The paper's test protocol and three conditions more: {condition: {metric: value}}, or for
     those that draw backgrounds {condition: {"mean", "std" (ddof 1), "draws"}} of such metrics."""
-    photos = Photos(split.images, split.masks, short_side(args.image_size), keep=False)
-    pool = Photos(list_backgrounds(args.backgrounds, "test"), None, short_side(args.image_size))
-    batches = Batches(photos=photos, size=args.image_size, seed=(args.seed, TEST), pool=pool,
-                      draws=DRAWS)
-    items = loader(batches, args, range(batches.items_a_pass))
-    items = tqdm(items, "testing", batches.items_a_pass, leave=False, disable=None)
-    embeddings = embed(network, items, args.device, extra=True)
+    batches = test_batches(split, args)
+    embeddings = embed(network, loader(batches, args, range(batches.items_a_pass)), args.device,
+                       extra=True)
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
 
     def score(queries, gallery=None):
@@ -1024,21 +1030,27 @@ def mean_and_std(draws):
 # ---- 9. Training ---------------------------------------------------------------------------------
 
 
+def draft_of(path):
+    """A name beside `path` for this process to write to before it renames. Removes what processes
+    left there that were killed."""
+    for draft in path.parent.glob(f"{path.name}.tmp*"):
+        owner = Path("/proc", draft.name.rpartition(".tmp")[2])
+        if Path("/proc/self").exists() and not owner.exists():
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+    return path.with_name(f"{path.name}.tmp{os.getpid()}")
+
+
 def write(path, save):
     """Calls save(temporary path) and renames that file, so that `path` is always whole. Raises
     UserError."""
-    draft = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
+    remedy = "make room or choose another folder, the same command goes on"
+    with explain(f"{path}: could not be written", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(draft)
-        draft.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
-        if "DataLoader worker" in str(error):  # one died meanwhile
-            raise
-        raise UserError(f"{path}: could not be written ({one_line(error)}); make room or choose "
-                        "another folder, the same command goes on") from error
-    finally:
-        with contextlib.suppress(OSError):
+        draft = draft_of(path)
+        try:
+            save(draft)
+            draft.replace(path)
+        finally:
             draft.unlink(missing_ok=True)
 
 
@@ -1052,11 +1064,12 @@ class State:
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
-        self.network = Embedder(args.backbone, weights, args.image_size).to(args.device)
+        network = Embedder(args.backbone, weights, args.image_size, args.embedding)
+        self.network = network.to(args.device)
         groups = [{"params": self.network.parameters(), "lr": args.lr}]
         self.class_weights = None
         if args.loss in CLASSIFICATION:
-            self.class_weights = nn.Parameter(torch.randn(classes, EMBEDDING).to(args.device))
+            self.class_weights = nn.Parameter(torch.randn(classes, network.width).to(args.device))
             groups.append({"params": [self.class_weights], "lr": args.hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.history = []
@@ -1081,36 +1094,43 @@ class State:
 
     def load(self, path):
         """Raises UserError if the file is missing, damaged or of another network."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with explain(path, f"if it is damaged, delete {path.parent} to start over"):
+            content = read_checkpoint(path)
             self.network.load_state_dict(content["network"])
             if self.class_weights is not None:
                 self.class_weights.data.copy_(content["class_weights"])
             if "optimiser" in content:
                 self.optimiser.load_state_dict(content["optimiser"])
             self.history = content["history"]
-        except Exception as error:  # zip, pickle and torch each raise their own
-            raise UserError(f"{path}: {one_line(error)}; if it is damaged, delete {path.parent} to "
-                            "start over") from error
+            float(sum(row["seconds"] for row in self.history) + self.best_epoch)  # is it whole?
+
+
+def read_checkpoint(path):
+    """What State.save() wrote, on the CPU. Raises nearly anything if the file is damaged."""
+    damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def training_data(args, splits, epochs_done):
-    """Returns iterators over all training batches and all validation items that are left, and how
-    many items one validation has. Both last to the end of the training: no processes are started
-    anew, and the next epoch's batches are prepared while this one is validated."""
+    """Iterators over all training batches and all validation items that are left. Both last to the
+    end of the training: no processes are started anew, and the next epoch's batches are prepared
+    while this one is validated."""
     short, labels = short_side(args.image_size), splits["train"].labels
     m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
-    train_photos = Photos(splits["train"].images, splits["train"].masks, short)
-    val_photos = Photos(splits["val"].images, splits["val"].masks, short)
     pool = Photos(list_backgrounds(args.backgrounds, "val"), None, short)
-    train = Batches(photos=train_photos, size=args.image_size, seed=(args.seed, TRAIN), pool=pool,
-                    draws=int(args.bgaugment),
-                    sampler=MPerClassSampler(labels, m, args.batch_size))
-    val = Batches(photos=val_photos, size=args.image_size, seed=(args.seed, VAL), pool=pool,
-                  draws=1)
+    train = Batches(
+        photos=Photos(splits["train"].images, splits["train"].masks, short), labels=labels,
+        size=args.image_size, seed=(args.seed, TRAIN), pool=pool, draws=int(args.bgaugment),
+        sampler=MPerClassSampler(labels, m, args.batch_size))
+    val = Batches(
+        photos=Photos(splits["val"].images, splits["val"].masks, short),
+        labels=splits["val"].labels, size=args.image_size, seed=(args.seed, VAL), pool=pool,
+        draws=1)
     batches = range(epochs_done * args.iterations, args.epochs * args.iterations)
     items = range(epochs_done * val.items_a_pass, args.epochs * val.items_a_pass)
-    return loader(train, args, batches), loader(val, args, items), val.items_a_pass
+    return loader(train, args, batches), loader(val, args, items)
 
 
 def finished(state, args):
@@ -1122,21 +1142,19 @@ def train(args, splits, state, run):
     nothing better, or after `epochs`. Goes on from where `state` is. Writes log.jsonl, best.pt (the
     best epoch) and last.pt (all it needs to go on). Raises UserError if the loss is not finite.
     Section 4."""
-    device, network = args.device, state.network
-    train_labels = torch.from_numpy(splits["train"].labels)
-    batches, val_items, items_a_pass = training_data(args, splits, state.epochs)
+    device, network, val_labels = args.device, state.network, splits["val"].labels
+    val_items_an_epoch = math.ceil(len(val_labels) / EVAL_BATCH)
+    batches, val_items = training_data(args, splits, state.epochs)
     while not finished(state, args):
         start = time.monotonic()
         epoch = state.epochs + 1
         network.train()
         losses = []
         for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
-            photos, backgrounds, indices = next(batches)
-            images, masks = unpack(photos.to(device, non_blocking=True))
-            labels = train_labels[indices].to(device)
+            photos, backgrounds, labels = to_device(next(batches), device)
+            images, masks = unpack(photos)
             if args.bgaugment:  # the paper's method is this line
-                backgrounds = backgrounds[0].to(device, non_blocking=True).float()
-                images = replace_background(images, masks, backgrounds)
+                images = replace_background(images, masks, backgrounds[0].float())
             torch.manual_seed(seed_of(args.seed, DROPOUT, epoch, step))  # some backbones have it
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
@@ -1148,43 +1166,33 @@ def train(args, splits, state, run):
         try:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
-            embedded = embed(network, itertools.islice(val_items, items_a_pass), device)
-            clean = retrieval_metrics(embedded["clean"][0], splits["val"].labels, (1,))
-            replaced = retrieval_metrics(embedded["replaced"][0], splits["val"].labels, (1,))
+            embedded = embed(network, itertools.islice(val_items, val_items_an_epoch), device)
+            clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
+            replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
         except FloatingPointError as error:
             raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; give a lower --lr, and "
                             f"delete {run} or give another --runs") from error
+        seconds = time.monotonic() - start
         state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
-                              "seconds": time.monotonic() - start})
+                              "seconds": seconds})
         if state.best_epoch == epoch:
             state.save(run / "best.pt", optimiser=False)
         log = "".join(json.dumps(row) + "\n" for row in state.history)
-        write(run / "log.jsonl", lambda draft: draft.write_text(log))
+        write(run / "log.jsonl", lambda draft, log=log: draft.write_text(log))
         state.save(run / "last.pt", optimiser=True)
-        print_epoch(state, args)
-
-
-def print_epoch(state, args):
-    row = state.history[-1]
-    best = state.history[state.best_epoch - 1][state.select]["map@r"]
-    left = row["seconds"] * (args.epochs - state.epochs)
-    left = f"{left / 60:.1f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    print(f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  val MAP@R"
-          f" clean {100 * row['clean']['map@r']:5.2f}"
-          f"  replaced {100 * row['replaced']['map@r']:5.2f}"
-          f"  best {100 * best:5.2f}, epoch {state.best_epoch}"
-          f"  {row['seconds']:.1f} s an epoch, at most {left} to go", flush=True)
+        best = state.history[state.best_epoch - 1][args.select]["map@r"]
+        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
+              f"  replaced {100 * replaced['map@r']:5.2f}  best {100 * best:5.2f}, epoch "
+              f"{state.best_epoch}  {seconds:.1f} s an epoch, at most "
+              f"{seconds * (args.epochs - epoch) / 60:.1f} min to go", flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
 KINDS = ("base", "bgaugment")
+BAR = "○ replaced ━ clean ●"
 
-# One finished run. figures: {(condition, metric): (mean, standard deviation over the draws or, of
-# the attention score, over the images; nan without)}. unusual: the flags unlike the paper's.
-Result = namedtuple("Result", "dataset loss kind figures unusual")
-
-# What every table is made of. heading: condition, metric, heading of the deviation inside a run.
+# The figures of a run and of a table. heading: condition, metric, heading of the spread in a run.
 FIGURES = {
     "clean": ("clean", "map@r", None),
     "replaced": ("replaced", "map@r", "± draws"),
@@ -1195,207 +1203,188 @@ FIGURES = {
     "R@1 replaced": ("replaced", "recall@1", None),
     "attention": ("attention", "score", "± images"),
 }
+NOTES = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation over
+the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run; ± images: of
+the test images. The bar goes from MAP@R with replaced backgrounds to the one on clean photos: the
+longer it is, the more hangs on the background. *: other settings than the paper's (of toy and of
+folders: than the defaults)."""
 
-
-BAR = "○ replaced  ● clean"  # heading of add_bars()
+# A finished run. tested: how many classes and photos. figures: {heading: (value, its spread)}.
+# unusual: the flags that are unlike the paper's.
+Result = namedtuple("Result", "dataset tested loss kind figures unusual")
 
 
 def row_name(loss, kind):
-    return f"{loss} + BGAugment" if kind == "bgaugment" else loss
+    name = loss if loss in LOSSES else "the network as it is"
+    return f"{name} + BGAugment" if kind == "bgaugment" else name
+
+
+def read_result(run):
+    """The Result in a run's folder. Raises UserError if there is none."""
+    if not (run / "result.json").exists():
+        raise UserError(f"{run}: not finished")
+    figures = {}
+    with explain(run, "not a result, left out"):
+        saved = json.loads((run / "result.json").read_text())
+        args = argparse.Namespace(**saved["args"])
+        kind = KINDS[args.bgaugment]
+        if args.loss not in LOSSES or run_folder(args, kind).name != run.name:
+            raise ValueError(f"it is of {run_folder(args, kind).name}")
+        for heading, (condition, metric, _) in FIGURES.items():
+            scores = saved["test"].get(condition)
+            if scores:
+                mean, std = scores.get("mean", scores)[metric], scores.get("std", {}).get(metric, 0)
+                if not 0 <= mean <= 1:
+                    raise ValueError(f"its {heading} is {mean}")
+                figures[heading] = 100 * mean, 100 * std
+        figures["clean"], figures["replaced"]  # a KeyError if one lacks
+        loss = args.loss if args.epochs else "untrained"
+        result = Result(dataset_name(args.dataset), saved["tested"], loss, kind, figures,
+                        " ".join(args.unusual))
+    with contextlib.suppress(Exception):  # damaged, or none yet: the row has no attention then
+        attention = json.loads((run / "attention.json").read_text())
+        if math.isfinite(attention["mean"] + attention["std"]):
+            figures["attention"] = attention["mean"], attention["std"]
+    return result
 
 
 def table_row(results):
     """{heading: cell} of the runs, one a seed, of one dataset, loss and kind. Of several seeds a
     figure is "mean ± standard deviation over the seeds". The paper's stand behind ours."""
-    dataset, loss, kind = results[0][:3]
+    first = results[0]
     mark = " *" if any(result.unusual for result in results) else ""
-    row = {"": row_name(loss, kind) + mark, "seeds": str(len(results))}
-    paper = PAPER.get(dataset, {}).get(loss, {}).get(kind)
-    for heading, (condition, metric, within) in FIGURES.items():
-        found = [r.figures[condition, metric] for r in results if (condition, metric) in r.figures]
-        scale = 1 if heading == "attention" else 100
-        means, stds = scale * np.array(found).reshape(-1, 2).T
-        if found:
+    row = {"": row_name(first.loss, first.kind) + mark, "seeds": str(len(results))}
+    paper = PAPER.get(first.dataset, {}).get(first.loss, {}).get(first.kind)
+    for heading, (_, _, spread) in FIGURES.items():
+        figures = [result.figures[heading] for result in results if heading in result.figures]
+        if figures:
+            means, stds = np.transpose(figures)
             row[heading] = f"{means.mean():.2f}"
-        if len(found) > 1:
-            row[heading] += f" ± {means.std(ddof=1):.2f}"
-        if found and within:
-            row[within] = f"{stds.mean():.2f}"
-        if paper and hasattr(paper, heading):
-            row[f"paper: {heading}"] = f"{getattr(paper, heading):.2f}"
+            if len(figures) > 1:
+                row[heading] += f" ± {means.std(ddof=1):.2f}"
+            if spread:
+                row[spread] = f"{stds.mean():.2f}"
+        published = getattr(paper, heading, None)
+        if published is not None:
+            row[f"paper: {heading}"] = f"{published:.2f}"
             if hasattr(paper, f"{heading}_std"):
                 row[f"paper: {heading}"] += f" ± {getattr(paper, f'{heading}_std'):.2f}"
-            if found:
-                difference = round(means.mean() - getattr(paper, heading), 2) + 0  # not -0.00
+            if figures:
+                difference = round(means.mean() - published, 2) + 0  # + 0 makes -0.0 a 0.0
                 row[f"{heading} - paper"] = f"{difference:+.2f}"
     return row
 
 
-def table(rows, headings=None):
-    """[[cell]], the headings first, of rows {heading: cell}; all their headings, or some."""
-    there = dict.fromkeys(heading for row in rows for heading in row)
-    shown = [heading for heading in headings or there if heading in there]
-    lines = [shown]
-    for row in rows:
-        lines.append([row.get(heading, "") for heading in shown])
-    return lines
-
-
-def as_markdown(lines):
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def as_text(lines):
-    """The table aligned; in several blocks of columns where the terminal is too narrow for one."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    room = shutil.get_terminal_size((120, 24)).columns
-    blocks, used = [], room
-    for column, width in enumerate(widths[1:], 1):
-        if used + 2 + width > room:
-            blocks.append([])
-            used = widths[0]
-        blocks[-1].append(column)
-        used += 2 + width
-    texts = []
-    for columns in blocks:
-        for cells in lines:
-            shown = [cells[column].rjust(widths[column]) for column in columns]
-            texts.append("  ".join([cells[0].ljust(widths[0]), *shown]).rstrip())
-        texts.append("")
-    return "\n".join(texts[:-1])
-
-
 def add_bars(rows, width=24):
-    """Gives each row a bar from the MAP@R with replaced backgrounds (ring) to the one on clean
-    photos (disc): the longer the bar, the more of the retrieval hangs on the backgrounds."""
-    replaced = np.array([float(row["replaced"].split()[0]) for row in rows])
-    clean = np.array([float(row["clean"].split()[0]) for row in rows])
-    scale = (width - 1) / max(replaced.max(), clean.max(), 0.01)
-    for row, ring, disc in zip(rows, replaced, clean):
-        ring, disc = round(ring * scale), round(disc * scale)
-        cells = [" "] * width
-        cells[min(ring, disc):max(ring, disc)] = "━" * abs(ring - disc)
+    """Gives each row a bar from the MAP@R with replaced backgrounds to the one on clean photos."""
+    ends = np.array([[float(row[end].split()[0]) for end in ("replaced", "clean")] for row in rows])
+    ends = (ends * (width - 1) / max(ends.max(), 0.01)).round().astype(int)
+    for row, (ring, disc) in zip(rows, ends):
+        cells = np.full(width, " ")
+        cells[min(ring, disc):max(ring, disc)] = "━"
         cells[ring] = "○"
         cells[disc] = "●"
         row[BAR] = "".join(cells)
 
 
-def read_result(run):
-    """The Result in a run's folder. Raises UserError if there is none."""
-    file, log, attention = (run / f for f in ("result.json", "log.jsonl", "attention.json"))
-    if not file.exists():
-        epochs = log.read_bytes().count(b"\n") if log.exists() else 0
-        raise UserError(f"{run}: not finished, {epochs} epochs so far")
-    try:
-        saved = json.loads(file.read_text())
-        args = argparse.Namespace(**saved["args"])
-        kind = KINDS[args.bgaugment]
-        if args.loss not in LOSSES or run_folder(args, kind).name != run.name:
-            raise ValueError(f"it is of {run_folder(args, kind).name}")
-        figures = {}
-        for condition, scores in saved["test"].items():
-            std = scores.get("std", {})
-            for metric, value in scores.get("mean", scores).items():
-                if not 0 <= value <= 1:
-                    raise ValueError(f"its {condition} {metric} is {value}")
-                figures[condition, metric] = float(value), float(std.get(metric, math.nan))
-        if attention.exists():
-            scores = json.loads(attention.read_text())
-            if math.isfinite(scores["mean"]):  # else no image's score is defined
-                figures["attention", "score"] = float(scores["mean"]), float(scores["std"])
-        if not {("clean", "map@r"), ("replaced", "map@r")} <= figures.keys():
-            raise ValueError("no MAP@R")
-        return Result(dataset_name(args.dataset), args.loss, kind, figures, " ".join(args.unusual))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run}: left out, not a result ({error!r})") from error
+def as_table(rows, wanted=None, *, room=math.inf):
+    """Rows {heading: cell} as an aligned Markdown table of all their headings, or of those wanted.
+    Columns that do not fit into `room` characters follow below."""
+    there = dict.fromkeys(heading for row in rows for heading in row)
+    tables = []
+    for heading in [heading for heading in wanted or there if heading in there]:
+        cells = [heading, "", *(row.get(heading, "") for row in rows)]
+        width = max(map(len, cells))
+        cells[1] = "-" * width
+        if heading == "":
+            names = [f"| {cell:<{width}} |" for cell in cells]
+            tables.append(names)
+            used = len(names[0])
+            continue
+        if used + width + 3 > room and tables[-1] != names:
+            tables.append(names)
+            used = len(names[0])
+        tables[-1] = [f"{line} {cell:>{width}} |" for line, cell in zip(tables[-1], cells)]
+        used += width + 3
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
-INTRODUCTION = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation
-over the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run;
-± images: over the test images."""
-MARKED = "* Other settings than the paper's (of toy and folders: than the defaults):"
+def terminal_width():
+    return shutil.get_terminal_size((120, 24)).columns
 
 
 def report(folder):
     """Prints a table a dataset of all finished runs in `folder`, beside the paper's, and writes it
     to folder/report.md. Raises UserError if no run is finished. Sections 4.3 and 5."""
-    results, marked, left_out = defaultdict(list), [], []
+    datasets, remarks = defaultdict(dict), []
     for run in sorted({file.parent for file in folder.glob("*/*.json")}):
         try:
             result = read_result(run)
         except UserError as error:
-            left_out.append(f"- {error}")
+            remarks.append(f"- {error}")
             continue
-        results[result.dataset, result.loss, result.kind].append(result)
+        rows = datasets[result.dataset, result.tested]
+        rows.setdefault((result.loss, result.kind), []).append(result)
         if result.unusual:
-            marked.append(f"- {run}: {result.unusual}")
-    if not results:
-        why = left_out[0].removeprefix("- ") if left_out else "train one first"
-        raise UserError(f"--report {folder}: no finished run; {why}")
-    text, markdown = [INTRODUCTION], ["# Background bias, measured", INTRODUCTION]
-    untouched = []
-    for dataset in dict.fromkeys([*PAPER, *(dataset for dataset, _, _ in results)]):
-        rows, missing = [], []
-        for loss, kind in itertools.product(LOSSES, KINDS):
-            if (dataset, loss, kind) in results:
-                rows.append(table_row(results[dataset, loss, kind]))
-            else:
-                missing.append(row_name(loss, kind))
-        if not rows:
-            untouched.append(dataset)
-            continue
-        markdown += [f"## {dataset}", as_markdown(table(rows))]
-        add_bars(rows)
-        text.append(f"{dataset}\n{as_text(table(rows))}")
+            remarks.append(f"- * {run}: {result.unusual}")
+    if not datasets:
+        raise UserError(f"--report {folder}: no finished run; {(remarks or ['train one'])[0]}")
+
+    def text(room):
+        parts = ["# Background bias, measured", NOTES]
+        for (dataset, tested), runs in datasets.items():
+            keys = list(itertools.product([*LOSSES, "untrained"], KINDS))
+            rows = [table_row(runs[key]) for key in keys if key in runs]
+            add_bars(rows)
+            parts += [f"## {dataset}: {tested}", as_table(rows, room=room)]
+            missing = [row_name(*key) for key in keys[:-2] if key not in runs]
+            if missing and dataset in SPLITS:
+                parts.append(f"{dataset}, not run: {', '.join(missing)}")
+        missing = [dataset for dataset in PAPER if dataset not in {name for name, _ in datasets}]
         if missing:
-            text.append(f"{dataset}, not run: {', '.join(missing)}")
-            markdown.append(text[-1])
-    if untouched:
-        text.append(f"not run at all: {', '.join(untouched)}")
-        markdown.append(text[-1])
-    for title, lines in ((MARKED, marked), ("Left out:", left_out)):
-        if lines:
-            text.append("\n".join([title, *lines]))
-            markdown.append("\n".join([title.replace("*", "\\*"), "", *lines]))
-    write(folder / "report.md", lambda draft: draft.write_text("\n\n".join(markdown) + "\n"))
-    print("\n\n".join(text))
+            parts.append(f"not run at all: {', '.join(missing)}")
+        return "\n\n".join(parts + ["\n".join(remarks)] * bool(remarks))
+
+    markdown = text(math.inf) + "\n"
+    write(folder / "report.md", lambda draft: draft.write_text(markdown, "utf-8"))
+    print(text(terminal_width()))
 
 
 def print_results(args):
-    """Prints the run's test MAP@R beside its base or BGAugment sibling's, and what they lose."""
-    results = []
-    for kind in KINDS:
-        try:
-            results.append(read_result(run_folder(args, kind)))
-        except UserError as error:
-            if run_folder(args, kind).exists():
-                print(error)
-    if results:
-        rows = [table_row([result]) for result in results]
-        add_bars(rows)
-        columns = ["", *(heading for heading, figure in FIGURES.items() if "map@r" in figure), BAR]
-        print(f"\ntest MAP@R, %\n{as_text(table(rows, columns))}")
-    settings = dict.fromkeys(result.unusual or "the defaults" for result in results)
-    if len(settings) > 1:
-        print(f"not to be compared: one has {', the other '.join(settings)}")
-    elif "the defaults" not in settings:
-        print(f"* {', '.join(settings)}")
+    """Prints the run's test MAP@R, beside its base or BGAugment sibling's if nothing else differs
+    between them, and says in words what it means."""
+    run = run_folder(args, KINDS[args.bgaugment])
+    this, results = read_result(run), []
+    for folder in (run_folder(args, kind) for kind in KINDS):
+        if not (folder / "result.json").exists():
+            continue
+        result = read_result(folder)
+        if (result.tested, result.unusual) == (this.tested, this.unusual):
+            results.append(result)
+        else:
+            print(f"{folder}: not comparable, {result.tested}, {result.unusual or 'the defaults'}")
+    rows = [table_row([result]) for result in results]
+    add_bars(rows)
+    shown = ["", "clean", "replaced", "query", "object only", "background only", BAR]
+    print(f"\ntest MAP@R, %: {this.tested}")
+    print(as_table(rows, shown, room=terminal_width()))
+    if this.unusual:
+        print(f"* {this.unusual}")
     for result in results:
-        clean, replaced = (result.figures[view, "map@r"][0] for view in ("clean", "replaced"))
-        if replaced < clean:
-            print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
-                  f"{100 * (1 - replaced / clean):.0f} % of its MAP@R.")
-    print(f"all metrics: {run_folder(args, KINDS[args.bgaugment]) / 'result.json'}")
+        clean, replaced, background = (
+            result.figures[heading][0] for heading in ("clean", "replaced", "background only"))
+        print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
+              f"{100 * max(0, 1 - replaced / max(clean, 1e-9)):.0f} % of its MAP@R; on backgrounds "
+              f"alone it still reaches {background:.1f} %.")
+    print(f"all metrics: {run / 'result.json'}")
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
 # These say which run it is and where its data lies, so none of them marks it as unlike the paper's.
-# (check_backgrounds looks at the pool itself.)
-IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "backgrounds", "hparams"}
+IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "hparams"}
 # These may have other values when a run goes on.
-MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual"}
+MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual", "photos"}
 
 
 def number(low, kind=int):
@@ -1417,10 +1406,11 @@ def shard(text):
 
 
 def parse_args(argv=None):
+    """All arguments, and beside them `hparams`, the loss's, and `unusual`, a list of the flags
+    whose values are not the paper's. Raises UserError."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
         epilog=f"Defaults, in brackets, are the paper's. With --dataset toy: {DEFAULTS['toy']}.")
-
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy",
         help="toy, cars196, cub200, sop or FOLDER of images/<class>/" + default)
@@ -1436,8 +1426,11 @@ def parse_args(argv=None):
         help="epochs without improvement before it stops" + default)
     add("--batch-size", type=number(2), default=32, help="images a batch" + default)
     add("--lr", type=number(0, float), help="learning rate, not of class weights" + default)
-    add("--backbone", help="bninception, smallconv or a torchvision classifier" + default)
-    add("--weights", help="imagenet, none (random) or a file of the backbone's" + default)
+    add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
+        "runs NAME() of the hubconf.py in a folder or GitHub's owner/repo" + default)
+    add("--weights", help="imagenet (REPO:NAME: its own), none (random) or a file" + default)
+    add("--embedding", type=number(0), default=EMBEDDING,
+        help="size of the embedding; 0: the backbone's features as they are" + default)
     add("--image-size", type=number(16), help="side of the crops, px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
     add("--workers", type=number(0), help="processes preparing batches [up to 8 for a GPU, else 0]")
@@ -1445,13 +1438,13 @@ def parse_args(argv=None):
         help="validation that picks the epoch [replaced with --bgaugment, else clean]")
     add("--nmi", action="store_true", help="report NMI of the test embeddings too (slow)")
     add("--report", metavar="RUNS", help="tables of all runs in RUNS; writes RUNS/report.md")
-    parser.set_defaults(**DEFAULTS["paper"])
+    parser.set_defaults(**DEFAULTS["paper"])  # which the help shows
     known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**DEFAULTS["toy" if known.dataset == "toy" else "paper"],
-                        backgrounds=default_backgrounds(known.dataset, known.data),
+    toy = known.dataset == "toy"
+    pool = Path(known.data, "toy/backgrounds" if toy else "unsplash_backgrounds")
+    parser.set_defaults(**DEFAULTS["toy" if toy else "paper"], backgrounds=str(pool),
                         select="replaced" if known.bgaugment else "clean")
     args = parser.parse_args(argv)
-    args.dataset = ALIASES.get(args.dataset, args.dataset)
     if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)
     tuned_on = args.dataset if args.dataset in HPARAMS else "cars196"
@@ -1468,39 +1461,21 @@ def choose_device(args):
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
-    try:
-        torch.ones(2, device=args.device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(f"--device {args.device}: {one_line(error)}") from error
+    with explain(f"--device {args.device}", "it does not work here, give another"):
+        probe = torch.ones(1, 1, 2, 2, device=args.device)
+        F.conv2d(probe, probe).item()  # a kernel: an old GPU is there, but has none
+    if probe.device.type == "cuda":
+        torch.cuda.set_device(probe.device)  # batches are pinned for this one
     if args.workers is None:
-        args.workers = min(8, cpus()) if args.device.startswith("cuda") else 0
+        args.workers = min(8, os.cpu_count()) if args.device.startswith("cuda") else 0
     # Workers hand their batches over in /dev/shm, of which a container often has only 64 MB. Each
     # prepares two: of training and validation (4 + 3 bytes a pixel), or of the test with its draws.
-    largest_item = max(7 * (args.batch_size + EVAL_BATCH), (4 + 3 * DRAWS) * EVAL_BATCH)
-    needed = 2 * args.workers * largest_item * args.image_size**2 / 2**20
-    if args.workers and Path("/dev/shm").is_dir():
-        free = shutil.disk_usage("/dev/shm").free / 2**20
-        if needed > free:
-            raise UserError(f"--workers {args.workers}: they need {needed:,.0f} MB of /dev/shm, "
-                            f"{free:,.0f} are free; use fewer or --workers 0, or give the "
-                            "container more (docker run --shm-size=2g)")
-
-
-def default_backgrounds(dataset, data):
-    return str(Path(data, "toy/backgrounds" if dataset == "toy" else "unsplash_backgrounds"))
-
-
-def check_backgrounds(args):
-    """The paper's datasets want the paper's pools, of POOL photos each; a run with another pool is
-    marked. Raises UserError."""
-    val, test = (len(list_backgrounds(args.backgrounds, part)) for part in ("val", "test"))
-    usual = default_backgrounds(args.dataset, args.data)
-    if (val, test) == (POOL, POOL) and Path(args.backgrounds).name == Path(usual).name:
-        return
-    if args.dataset in PAPER and Path(args.backgrounds) == Path(usual):
-        raise UserError(f"{usual}: {val} and {test} photos in val/ and test/ instead of {POOL} "
-                        "each; see README, Data, or give a folder of your own as --backgrounds")
-    args.unusual.append(f"--backgrounds {args.backgrounds} ({val} and {test} photos)")
+    largest = max(7 * (args.batch_size + EVAL_BATCH), (4 + 3 * DRAWS) * EVAL_BATCH)
+    needed = 2 * args.workers * largest * args.image_size**2
+    if args.workers and Path("/dev/shm").is_dir() and needed > shutil.disk_usage("/dev/shm").free:
+        raise UserError(f"--workers {args.workers}: they need {needed / 2**20:,.0f} MB of /dev/shm,"
+                        " which has less; use fewer or --workers 0, or give the container more "
+                        "(docker run --shm-size=2g)")
 
 
 def dataset_name(dataset):
@@ -1512,15 +1487,16 @@ def dataset_name(dataset):
 
 
 def run_folder(args, kind):
-    return Path(args.runs, f"{dataset_name(args.dataset)}-{args.loss}-{kind}-s{args.seed}")
+    loss = args.loss if args.epochs else "untrained"
+    return Path(args.runs, f"{dataset_name(args.dataset)}-{loss}-{kind}-s{args.seed}")
 
 
 def check_config(args, run):
     """Raises UserError if the run was begun with other arguments, or its config cannot be read."""
-    try:
+    with explain(run / "config.json", f"delete {run} to start over"):
         saved = dict(json.loads((run / "config.json").read_text())["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'}: {error!r}; delete {run} to start over") from error
+        if "photos" in args and args.photos != saved["photos"]:
+            raise ValueError("photos were added, removed or renamed since the run was begun")
     differ = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})" for name, value
               in vars(args).items() if name not in MAY_CHANGE and saved.get(name) != value]
     if differ:
@@ -1541,6 +1517,21 @@ def write_config(args, run):
         "torchvision": torchvision.__version__, "numpy": np.__version__})
 
 
+def check_data(args, splits):
+    """Notes in `args` which photos the run is of. Raises UserError if it cannot be trained on them:
+    too few classes for the batches, too few backgrounds for the paper's protocol."""
+    paths = "".join(str(path) for split in splits.values() for path in split.images)
+    args.photos = f"{zlib.crc32(paths.encode()):08x}"
+    if args.epochs:
+        images_per_class(args.loss, args.batch_size, len(np.unique(splits["train"].labels)))
+    for part in ("val", "test") if args.epochs else ("test",):
+        photos = len(list_backgrounds(args.backgrounds, part))
+        given = any(flag.startswith("--backgrounds") for flag in args.unusual)
+        if args.dataset in PAPER and photos != POOL and not given:
+            raise UserError(f"{args.backgrounds}/{part}: {photos} photos, not {POOL}; see README, "
+                            "Data, or give a folder of your own as --backgrounds")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.report is not None:
@@ -1554,19 +1545,19 @@ def main(argv=None):
         print(f"{run} is done; to test it again delete its result.json, to start over the folder")
         return print_results(args)
     choose_device(args)
-    splits = load_splits(args.dataset, args.data)
-    check_backgrounds(args)
-    classes = len(np.unique(splits["train"].labels))
-    images_per_class(args.loss, args.batch_size, classes)  # a wrong --batch-size is found here
+    splits = load_splits(args.dataset, args.data, training=args.epochs > 0)
+    check_data(args, splits)
     begun = (run / "last.pt").exists()
     if begun:
         check_config(args, run)
-    state = State(args, classes, "none" if begun else args.weights)  # last.pt has them
+    # A run that goes on needs no pretrained weights, last.pt has its own.
+    state = State(args, len(np.unique(splits["train"].labels)), "none" if begun else args.weights)
     if begun:
         state.load(run / "last.pt")
     else:
         write_config(args, run)
-    print(f"{dataset_name(args.dataset)} · {row_name(args.loss, kind)} · seed {args.seed} · "
+    loss = args.loss if args.epochs else "untrained"
+    print(f"{dataset_name(args.dataset)} · {row_name(loss, kind)} · seed {args.seed} · "
           f"{args.backbone}, {args.image_size} px · {args.device} · {run}"
           + (f" · after epoch {state.epochs}" if begun else ""), flush=True)
     if not finished(state, args):
@@ -1575,15 +1566,18 @@ def main(argv=None):
         state.save(run / "best.pt", optimiser=False)
     epochs, seconds = state.epochs, sum(row["seconds"] for row in state.history)
     state.load(run / "best.pt")
-    scores = test(state.network, splits["test"], args)
+    labels = splits["test"].labels
     write_json(run / "result.json", {
         "args": vars(args), "epochs": epochs, "best_epoch": state.best_epoch, "seconds": seconds,
-        "test": scores})
+        "tested": f"{len(np.unique(labels))} test classes, {len(labels):,} photos",
+        "test": test(state.network, splits["test"], args)})
     print_results(args)
 
 
 def command(name, main):
     """Runs a script's main(); what the user can mend ends in one line on stderr and exit code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # they are None if the caller closed them
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for ○
     try:
@@ -1592,18 +1586,23 @@ def command(name, main):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # of `bgbias.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
-    except (OSError, EOFError, RuntimeError) as error:
-        reason = str(error)
-        lost = (ConnectionResetError, ConnectionRefusedError, EOFError)
-        if "DataLoader worker" in reason or isinstance(error, lost):
-            if hasattr(signal, "SIGCHLD"):  # or PyTorch says it again, with a traceback, at the end
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            reason = (f"--workers: a process that prepares batches died ({one_line(error)}); is "
-                      "memory or /dev/shm full? The same command goes on; try fewer, or 0")
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        reason = one_line(error)
+        if "DataLoader" in reason or isinstance(error, (ConnectionError, EOFError)):
+            reason = (f"--workers: a process that prepares batches died or hangs ({reason}); is "
+                      "memory or /dev/shm full (docker run --shm-size=2g)? The same command goes "
+                      "on; try fewer, or 0")
+        elif isinstance(error, MemoryError) or "memory" in reason:
+            reason += "; try a smaller --batch-size"
         elif isinstance(error, RuntimeError):
             raise
+    if hasattr(signal, "SIGCHLD"):  # or PyTorch tells of a dead worker again while Python ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print(f"{name}: error: {reason}", file=sys.stderr)
     sys.exit(2)
 

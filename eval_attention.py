@@ -3,20 +3,19 @@ object. 1: all of it, 0: as much as chance, negative: it looks at the background
 Background Bias in Deep Metric Learning" (Kobs & Hotho 2022).
 
     python eval_attention.py runs/*                       # scores of all test images, one table
-    python eval_attention.py runs/toy-contrastive-base-s42 runs/toy-contrastive-bgaugment-s42 \
-        --figure attention.png --images 8 --sanity
+    python eval_attention.py runs/toy-contrastive-* --figure attention.png --images 3 --sanity
+    python eval_attention.py runs/toy-contrastive-* --neighbours neighbours.png --images 3
     python eval_attention.py runs/sop-triplet-base-s42 --shard 1/4 --device cuda:0  # 2/4, 3/4, 4/4
 
 Start it in the folder the runs were trained in: all but the device comes from their config.json.
 Scores go to RUN/attention.npz (arrays image, score, a, p; score is nan where undefined), their mean
-and standard deviation, written last, to RUN/attention.json, where bgbias.py --report finds them.
-The same command goes on after an interruption, and starts over if best.pt is another.
+and standard deviation to RUN/attention.json, where bgbias.py --report finds them. The same command
+goes on after an interruption, and starts over if best.pt, a photo or a mask is another.
 """
 
 import argparse
 import hashlib
 import json
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import bgbias
-from bgbias import KINDS, UserError
+from bgbias import EVAL_BATCH, KINDS, UserError, explain, seed_of
 
 COPIES = 25  # noisy copies of an image
 SIGMA = 0.15  # of the noise, in units of the image's range
@@ -38,10 +37,14 @@ NOISE, RANDOM, PICK = range(100, 103)  # what a random number is for, beside bgb
 # Pixels of all copies in a batch, at least one image's: BN-Inception at 227 px keeps 1.1 GiB for
 # the backward pass of an image's 25 copies, and a CPU is fastest with what fits its caches.
 BATCH_PIXELS = {"cpu": 2**19, "gpu": 2**23}
-SAVE_EVERY = 60  # seconds
 RESAMPLES = 2000  # of the bootstrap
 SANITY = 200  # images
-CELL, GAP, TEXT = 216, 6, 17  # px of the figure: four cells are a README's width
+NEIGHBOURS = 5  # photos a row
+CANDIDATES = 1000  # queries among which --worst picks
+TITLES = {"base": "base", "bgaugment": "+ BGAugment"}
+WIDTH, GAP, TEXT = 900, 5, 16  # px of a figure, which is as wide as a README
+BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
+RIGHT, WRONG = "#009e73", "#d55e00"  # told apart by the colour-blind too
 
 
 # ---- 1. The score --------------------------------------------------------------------------------
@@ -104,52 +107,47 @@ def above_chance(a, p):
 
 # ---- 2. Scores of a run --------------------------------------------------------------------------
 
-# images: paths of the test images; photos: their bgbias.Photos; best: checksum of best.pt.
-Run = namedtuple("Run", "folder args images photos best")
+# split: the test photos. checksum: of all that a score follows from.
+Run = namedtuple("Run", "folder args split images checksum")
 
 
 def load_run(folder, device="auto"):
     """The Run in `folder`. Raises UserError."""
-    config, best = Path(folder, "config.json"), Path(folder, "best.pt")
-    for file in (config, best):
-        if not file.exists():
-            raise UserError(f"{file}: missing; train again")
-    try:
-        saved = json.loads(config.read_text())["args"]
+    folder = Path(folder)
+    with explain(folder / "config.json", "not of this bgbias.py, train again"):
+        saved = json.loads((folder / "config.json").read_text())["args"]
         args = argparse.Namespace(**{**saved, "device": device, "workers": None})
+        bgbias.short_side(args.image_size), seed_of(args.seed), DISTANCES[args.loss]
         bgbias.choose_device(args)
-        short = bgbias.short_side(args.image_size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: not of this bgbias.py ({error!r}); train again") from error
     try:
-        split = bgbias.load_splits(args.dataset, args.data)["test"]
+        split = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)["test"]
     except UserError as error:
-        raise UserError(f"{config}: {error} (start where the run was trained)") from error
-    photos = bgbias.Photos(split.images, split.masks, short, keep=False)
-    checksum = hashlib.sha256(best.read_bytes()).hexdigest()
-    return Run(Path(folder), args, [str(path) for path in split.images], photos, checksum)
+        raise UserError(f"{folder}: {error} (start where the run was trained)") from error
+    checksum = hashlib.sha256()
+    with explain(folder / "best.pt", "train again"):
+        checksum.update((folder / "best.pt").read_bytes())
+    for path in (*split.images, *split.masks):
+        file = path.stat()
+        checksum.update(f"{path} {file.st_size} {file.st_mtime_ns}".encode())
+    return Run(folder, args, split, [str(path) for path in split.images], checksum.hexdigest())
 
 
 def network_of(run, *, trained=True):
     """The network of the run's best epoch, or one with random weights. Raises UserError."""
     args, file = run.args, run.folder / "best.pt"
-    torch.manual_seed(bgbias.seed_of(args.seed, RANDOM))
-    network = bgbias.Embedder(args.backbone, "none", args.image_size)
-    try:
-        if trained:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            network.load_state_dict(saved["network"])
-    except Exception as error:  # pickle, zip and torch each raise their own
-        reason = f"not a checkpoint of {args.backbone} ({bgbias.one_line(error)})"
-        raise UserError(f"{file}: {reason}; train again") from error
-    # Nothing is kept for gradients of weights; channels_last is the faster layout, on a CPU too.
-    network.eval().requires_grad_(requires_grad=False)
-    return network.to(args.device, memory_format=torch.channels_last)
+    torch.manual_seed(seed_of(args.seed, RANDOM))
+    network = bgbias.Embedder(args.backbone, "none", args.image_size, args.embedding)
+    if trained:
+        with explain(file, "train again"):
+            network.load_state_dict(bgbias.read_checkpoint(file)["network"])
+    # Then nothing is kept for the gradients of weights.
+    return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 
 def attention_maps(run, rows, network):
     """Yields (path, photo (4, S, S) uint8, attention (S, S)) of test images, on the CPU."""
     args, size = run.args, run.args.image_size
+    photos = bgbias.Photos(run.split.images, run.split.masks, bgbias.short_side(size), keep=False)
     with torch.no_grad():
         black = torch.zeros(1, 3, size, size, device=args.device)
         black = network(network.normalise(black))
@@ -157,13 +155,13 @@ def attention_maps(run, rows, network):
     batch = max(1, pixels // (COPIES * size**2))  # images
     for start in range(0, len(rows), batch):
         some = rows[start:start + batch]
-        photos = torch.stack([TF.center_crop(run.photos[row], size) for row in some])
-        seeds = [bgbias.seed_of(args.seed, NOISE, row) for row in some]
+        pixels = torch.stack([TF.center_crop(photos[row], size) for row in some])
+        seeds = [seed_of(args.seed, NOISE, row) for row in some]
         generators = [torch.Generator(args.device).manual_seed(seed) for seed in seeds]
-        images, _ = bgbias.unpack(photos.to(args.device))
+        images, _ = bgbias.unpack(pixels.to(args.device))
         maps = attention_map(network, network.normalise(images), black, DISTANCES[args.loss],
                              generators)
-        yield from zip([run.images[row] for row in some], photos, maps.cpu())
+        yield from zip([run.images[row] for row in some], pixels, maps.cpu())
 
 
 def gather(run, rows, network):
@@ -176,39 +174,35 @@ def score_run(run, shard=(1, 1)):
     """Scores what is left of the i-th of every n test images; {image path: (score, a, p)} of all
     scored so far. Writes RUN/attention.npz, or of a shard attention-IofN.npz, and once all are
     scored attention.npz and attention.json. Raises UserError."""
-    scores, (i, n), written = read_scores(run), shard, time.monotonic()
+    i, n = shard
     part = "attention.npz" if n == 1 else f"attention-{i}of{n}.npz"
+    scores = read_scores(run)
     todo = [row for row in range(i - 1, len(run.images), n) if run.images[row] not in scores]
     if todo:
         (run.folder / "attention.json").unlink(missing_ok=True)
-        found = attention_maps(run, todo, network_of(run))
-        try:
-            for image, photo, attention in tqdm(found, str(run.folder), len(todo), disable=None):
-                a, p = shares(attention, photo[3] / 255)
-                scores[image] = torch.stack([above_chance(a, p), a, p]).tolist()
-                if time.monotonic() > written + SAVE_EVERY:
-                    write_scores(run, part, scores)
-                    written = time.monotonic()
-        finally:  # whatever ends it
-            write_scores(run, part, scores)
-    scores = read_scores(run)  # other shards may have written meanwhile
-    if len(scores) == len(run.images) and (todo or not (run.folder / "attention.json").exists()):
+        maps = tqdm(attention_maps(run, todo, network_of(run)), str(run.folder), len(todo),
+                    disable=None)
+        for done, (image, photo, attention) in enumerate(maps, 1):
+            a, p = shares(attention, photo[3] / 255)
+            scores[image] = torch.stack([above_chance(a, p), a, p]).tolist()
+            if done % (len(todo) // 50 + 1) == 0 or done == len(todo):  # a kill costs 2 % at most
+                write_scores(run, part, scores)
+        scores = read_scores(run)  # other shards may have written meanwhile
+    if len(scores) == len(run.images):
         write_scores(run, "attention.npz", scores)
         bgbias.write_json(run.folder / "attention.json", summary(scores))
     return scores
 
 
 def read_scores(run):
-    """What RUN's attention*.npz hold of this best.pt and these test images. Raises UserError."""
+    """What RUN's attention*.npz hold of this checkpoint and these photos. Raises UserError."""
     scores = {}
     for file in run.folder.glob("attention*.npz"):
-        try:
-            with np.load(file) as saved:
-                values = np.stack([saved[name] for name in ("score", "a", "p")], axis=1).tolist()
-                if saved["best"] == run.best:
-                    scores |= zip(saved["image"].tolist(), values, strict=True)
-        except Exception as error:  # zip and NumPy each raise their own
-            raise UserError(f"{file}: not readable ({error}); delete it") from error
+        with explain(file, "delete it"), np.load(file) as saved:
+            values = np.stack([saved[name] for name in ("score", "a", "p")], axis=1)
+            if saved["checksum"] == run.checksum:
+                values = values.astype(float, casting="safe").tolist()
+                scores |= zip(saved["image"].tolist(), values, strict=True)
     return {image: scores[image] for image in run.images if image in scores}
 
 
@@ -217,7 +211,7 @@ def write_scores(run, name, scores):
 
     def save(draft):
         with draft.open("wb") as file:  # given a name, NumPy would append .npz to it
-            np.savez(file, image=list(scores), score=score, a=a, p=p, best=run.best)
+            np.savez(file, image=list(scores), score=score, a=a, p=p, checksum=run.checksum)
     bgbias.write(run.folder / name, save)
 
 
@@ -232,16 +226,16 @@ def summary(scores):
     return {"mean": mean, "std": std, "images": len(scores), "undefined": undefined}
 
 
-# ---- 3. Table and figure: base against BGAugment -------------------------------------------------
+# ---- 3. The table: base against BGAugment --------------------------------------------------------
 
 
 def pair_up(runs):
-    """{(dataset, loss, seed): {"base": Run, "bgaugment": Run}}, of which one may lack. Raises
+    """{dataset, loss, seed: {"base": Run, "bgaugment": Run}}, of which one may lack. Raises
     UserError for two runs that are no such pair."""
     pairs = {}
     for run in sorted(runs, key=lambda run: run.args.bgaugment):  # base first
-        name, kind = bgbias.dataset_name(run.args.dataset), KINDS[run.args.bgaugment]
-        pair = pairs.setdefault((name, run.args.loss, run.args.seed), {})
+        kind = KINDS[run.args.bgaugment]
+        pair = pairs.setdefault(bgbias.run_folder(run.args, "").name, {})
         for other in pair.values():
             if kind in pair or run.images != other.images:
                 raise UserError(f"{run.folder} and {other.folder}: are no pair; give one base and "
@@ -279,51 +273,81 @@ def score_table(pairs, scores):
             row["images improved"] = f"{100 * gain[3]:.0f} %"
     columns = ("", "images", "attention", "± images", "paper: attention",
                "BGAugment - base [95 %]", "images improved")
-    return "\n".join([bgbias.as_text(bgbias.table(rows, columns)), *notes])
+    return "\n".join([bgbias.as_table(rows, columns, room=bgbias.terminal_width()), *notes])
 
 
-def choose(run, found, wanted, *, worst):
-    """Rows of the test images to show. wanted: their names, or how many of those with both
-    scores, by seed or, with `worst`, where the two differ most. Raises UserError."""
-    if len(wanted) == 1 and wanted[0].isdigit():
-        gaps = [found["bgaugment"][image][0] - found["base"][image][0] for image in run.images]
-        rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(gaps)).tolist()
-        rows = [row for row in rows if np.isfinite(gaps[row])]
+# ---- 4. Pictures: attention and nearest neighbours -----------------------------------------------
+
+
+def shuffled(run):
+    """The rows of the test images in random order, which the run's seed fixes."""
+    return np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images)).tolist()
+
+
+def named(run, names):
+    """The rows of the test images with these names. Raises UserError."""
+    rows = []
+    for name in names:
+        found = [row for row, image in enumerate(run.images) if f"/{image}".endswith(f"/{name}")]
+        if not found:
+            raise UserError(f"--images {name}: no test image of {run.folder}")
+        rows.append(found[0])
+    return rows
+
+
+def side(columns):
+    """Of a cell, px."""
+    return (WIDTH + GAP) // columns - GAP
+
+
+def draw_grid(rows, columns, file):
+    """Writes a PNG of rows (cells, caption): a cell (uint8 tensor or picture, text, colour of its
+    frame or None), the caption below its row."""
+    font, px = ImageFont.load_default(TEXT), side(columns)
+    heights = [px + GAP + (2 * TEXT if caption else 0) for _, caption in rows]
+    canvas = Image.new("RGB", (WIDTH, sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for (cells, caption), height in zip(rows, heights):
+        for k, (picture, text, colour) in enumerate(cells):
+            left = k * (px + GAP)
+            if torch.is_tensor(picture):
+                picture = TF.to_pil_image(picture)
+            canvas.paste(picture.convert("RGB").resize((px, px), Image.LANCZOS), (left, top))
+            if colour:
+                draw.rectangle((left, top, left + px - 1, top + px - 1), None, colour, GAP)
+            draw.text((left + 2 * GAP, top + 2 * GAP), text, "white", font, stroke_width=2,
+                      stroke_fill=colour or "black")
+        draw.text((0, top + px + TEXT), caption, "black", font, anchor="lm")
+        top += height
+    bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
+
+
+def draw_attention(pair, scores, wanted, file, *, worst):
+    """The picture of --figure: a row an image, with its mask and the maps of both runs."""
+    base = pair["base"]
+    found = [scores[pair[kind].folder] for kind in KINDS]
+    gaps = [found[1][image][0] - found[0][image][0] for image in base.images]
+    if wanted[0].isdigit():
+        rows = [row for row in shuffled(base) if np.isfinite(gaps[row])]
         if worst:
             rows.sort(key=lambda row: -abs(gaps[row]))
         rows = rows[:int(wanted[0])]
         if not rows:
-            raise UserError(f"--images {wanted[0]}: no test image with a score in {run.folder}")
-        return rows
-    chosen = []
-    for name in wanted:
-        rows = [row for row, image in enumerate(run.images) if f"/{image}".endswith(f"/{name}")]
-        if not rows:
-            raise UserError(f"--images {name}: no test image of {run.folder}")
-        chosen.append(rows[0])
-    return chosen
-
-
-def draw_figure(pair, found, rows, file):
-    """Writes a PNG, a row per image: photo, mask, base and BGAugment heat maps and their scores."""
-    (photos, base), (_, bgaugment) = (gather(pair[kind], rows, network_of(pair[kind]))
-                                      for kind in KINDS)
-    step, top, font = CELL + GAP, 2 * TEXT, ImageFont.load_default(TEXT)
-    canvas = Image.new("RGB", (4 * step - GAP, top + len(rows) * step - GAP), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, title in enumerate(("photo", "mask", "base", "+ BGAugment")):
-        draw.text((k * step + CELL / 2, TEXT), title, "black", font, anchor="mm")
+            raise UserError(f"--images {wanted[0]}: no test image with a score in {base.folder}")
+    else:
+        rows = named(base, wanted)
+    drawn = [gather(pair[kind], rows, network_of(pair[kind])) for kind in KINDS]
+    lines = []
     for n, row in enumerate(rows):
-        photo, mask = (TF.to_pil_image(x).resize((CELL, CELL), Image.LANCZOS)
-                       for x in photos[n].split((3, 1)))
-        layers = photo, heated(photo, base[n]), heated(photo, bgaugment[n])
-        cells = photo, *(outlined(layer, mask) for layer in layers)
-        scores = (f"{found[kind][pair[kind].images[row]][0]:.2f}" for kind in KINDS)
-        for k, (cell, text) in enumerate(zip(cells, ("", "", *scores))):
-            x, y = k * step, top + n * step
-            canvas.paste(cell, (x, y))
-            draw.text((x + GAP, y + GAP), text, "white", font, stroke_width=2, stroke_fill="black")
-    bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
+        photo, mask = (TF.to_pil_image(planes).resize((side(4), side(4)), Image.LANCZOS)
+                       for planes in drawn[0][0][n].split((3, 1)))
+        cells = [(photo, "photo", None), (outlined(photo, mask), "mask", None)]
+        for (_, maps), score, kind in zip(drawn, found, KINDS):
+            text = f"{TITLES[kind]} {score[base.images[row]][0]:.2f}"
+            cells.append((outlined(heated(photo, maps[n]), mask), text, None))
+        lines.append((cells, ""))
+    draw_grid(lines, 4, file)
 
 
 def outlined(photo, mask):
@@ -342,24 +366,77 @@ def heated(photo, attention):
     return Image.composite(Image.merge("RGB", (full, level, none)), grey, level)
 
 
-# ---- 4. Whether to believe it: input gradients can mislead (Shah et al. 2021). Beyond the paper. -
+def nearest(run, rows):
+    """{"clean": (Q, 5) rows of the nearest clean photos to those of `rows`, "replaced": likewise to
+    them on a new background}, as in the conditions clean and query (draw 0) of the test."""
+    batches = bgbias.test_batches(run.split, run.args, draws=1)
+    items = bgbias.loader(batches, run.args, range(batches.items_a_pass))
+    embeddings = bgbias.embed(network_of(run), items, run.args.device)
+    gallery, found = embeddings["clean"][0], {}
+    for condition, (queries,) in embeddings.items():
+        distances = torch.cdist(queries[rows], gallery)
+        distances[range(len(rows)), rows] = torch.inf  # a photo is no neighbour of its own
+        count = min(NEIGHBOURS, len(gallery) - 1)
+        found[condition] = distances.topk(count, largest=False).indices.cpu()
+    return found
+
+
+def draw_neighbours(pair, wanted, file, *, worst):
+    """The picture of --neighbours: each query photo, its mask, itself on a new background, and a
+    row a run of the photos nearest to the latter. Raises UserError."""
+    first = next(iter(pair.values()))
+    labels, order = torch.as_tensor(first.split.labels), shuffled(first)
+    rows = order[:int(wanted[0])] if wanted[0].isdigit() else named(first, wanted)
+    if worst:
+        rows = order[:CANDIDATES]
+    found = {kind: nearest(run, rows) for kind, run in pair.items()}
+    right = {}
+    for kind, near in found.items():
+        right[kind] = {key: labels[near[key]] == labels[rows][:, None] for key in near}
+    queries = range(len(rows))
+    if worst:
+        hits = right[next(iter(pair))]
+        queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:, 0].tolist()
+        queries = queries[:int(wanted[0])]
+    if not queries:
+        raise UserError(f"--images {wanted[0]}: no test image of {first.folder} to show")
+    batches, lines = bgbias.test_batches(first.split, first.args, draws=1), []
+    for q in queries:
+        photos, backgrounds, _ = batches[rows[q] // EVAL_BATCH]
+        k = rows[q] % EVAL_BATCH
+        image, mask = bgbias.unpack(photos[k:k + 1])
+        replaced = bgbias.replace_background(image, mask, backgrounds[0, k]).round().byte()
+        name = "/".join(Path(first.images[rows[q]]).parts[-2:])
+        name += ", picked: the new background misleads" if worst else ""
+        cells = [(photos[k, :3], "query", None), (photos[k, 3], "mask", None),
+                 (replaced[0], "replaced", None)]
+        for kind, near in found.items():
+            for row, hit in zip(near["replaced"][q].tolist(), right[kind]["replaced"][q]):
+                photo = TF.center_crop(batches.photos[row], batches.size)
+                cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
+            clean, new = (int(right[kind][key][q].sum()) for key in ("clean", "replaced"))
+            lines.append((cells, f"{TITLES[kind]}: {new} of 5 right with the background replaced, "
+                                 f"{clean} with its own    {name}"))
+            cells, name = [BLANK] * 3, ""  # the second row shows the same query
+    draw_grid(lines, 3 + NEIGHBOURS, file)
+
+
+# ---- 5. Whether to believe it: input gradients can mislead (Shah et al. 2021). Beyond the paper. -
 
 
 @torch.no_grad()
 def occlusion(run, network, rows):
     """How far the embedding moves when the background is swapped, when the object is, and the share
     of the image that is object: (3, N). A photo of the test pool takes their place; no gradient."""
-    args, short = run.args, bgbias.short_side(run.args.image_size)
-    pool = bgbias.Photos(bgbias.list_backgrounds(args.backgrounds, "test"), None, short)
-    images = [run.photos.images[row] for row in rows]
-    masks = [run.photos.masks[row] for row in rows]
-    photos = bgbias.Photos(images, masks, short, keep=False)
-    batches = bgbias.Batches(photos=photos, size=args.image_size, seed=(args.seed, bgbias.TEST),
-                             pool=pool, draws=1)
+    args, split = run.args, run.split
+    some = bgbias.Split([split.images[row] for row in rows], [split.masks[row] for row in rows],
+                        split.labels[rows])
+    batches = bgbias.test_batches(some, args, draws=1)
     moves = []
-    for photos, backgrounds, _ in bgbias.loader(batches, args, range(batches.items_a_pass)):
-        images, masks = bgbias.unpack(photos.to(args.device))
-        other = backgrounds[0].to(args.device).float()
+    for item in bgbias.loader(batches, args, range(batches.items_a_pass)):
+        photos, backgrounds, _ = bgbias.to_device(item, args.device)
+        images, masks = bgbias.unpack(photos)
+        other = backgrounds[0].float()
         views = (images, bgbias.replace_background(images, masks, other),
                  bgbias.replace_background(other, masks, images))
         e, new_background, new_object = (network(network.normalise(view)) for view in views)
@@ -373,8 +450,7 @@ def check_run(run):
     """{heading: mean over SANITY test images, as text}. Objects are central, and so is the view of
     any network: what a map scores beyond its score with the mask of another image, here the next
     one, is attention to this object."""
-    rows = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images))[:SANITY]
-    rows, figures = sorted(rows.tolist()), {}
+    rows, figures = sorted(shuffled(run)[:SANITY]), {}
     for title, trained in (("score", True), ("random weights", False)):
         photos, maps = gather(run, rows, network_of(run, trained=trained))
         masks = photos[:, 3] / 255
@@ -391,7 +467,7 @@ def check_run(run):
     return {heading: f"{figure:.3f}" for heading, figure in figures.items()}
 
 
-# ---- 5. Command line -----------------------------------------------------------------------------
+# ---- 6. Command line -----------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
@@ -401,16 +477,23 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
     add("--shard", type=bgbias.shard, default=(1, 1), metavar="I/N", help="every N-th from I on")
-    add("--figure", type=Path, metavar="PNG", help="draw the maps of a base and a BGAugment run")
-    add("--images", nargs="+", default=["8"], help="of --figure: how many (default: 8) or names")
-    add("--worst", action="store_true", help="of --figure: where the two differ most, not by seed")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--figure", type=Path, metavar="PNG",
+                        help="draw the maps of a base and a BGAugment run")
+    either.add_argument("--neighbours", type=Path, metavar="PNG", help="draw the nearest photos to "
+                        "some queries on new backgrounds, of one run or such a pair; no scores")
+    add("--images", default="8", metavar="N", help="of a picture: how many (default: 8), or names, "
+        "with commas between them")
+    add("--worst", action="store_true", help="of a picture: not by seed, but where base and "
+        "BGAugment differ most, or where the new background makes a right neighbour a wrong one")
     add("--sanity", action="store_true", help=f"check the score on {SANITY} images of each run")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def finished_pairs(args):
+    """pair_up() of the finished runs among the arguments. Raises UserError if there are none, or if
+    the picture asked for cannot be drawn of them."""
     finished = [folder for folder in args.runs if Path(folder, "result.json").exists()]
     if not finished:
         raise UserError(f"{args.runs[0]}: no finished run; give folders that have a result.json")
@@ -420,11 +503,21 @@ def main(argv=None):
     for folder in finished:
         bgbias.read_result(Path(folder))  # a damaged or renamed run is refused before the work
     pairs = pair_up(load_run(folder, args.device) for folder in finished)
+    picture = args.figure or args.neighbours
+    if picture and (len(pairs) > 1 or picture.suffix != ".png" or not picture.parent.is_dir()
+                    or args.figure and len(finished) < 2):
+        raise UserError(f"{picture}: give a .png in a folder that exists, and one base and one "
+                        "BGAugment run of the same dataset, loss and seed (--neighbours: or one)")
+    return pairs
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    pairs = finished_pairs(args)
+    if args.neighbours:
+        pair, = pairs.values()
+        return draw_neighbours(pair, args.images.split(","), args.neighbours, worst=args.worst)
     runs = [run for pair in pairs.values() for run in pair.values()]
-    if args.figure and not (len(pairs) == 1 and len(runs) == 2 and args.figure.suffix == ".png"
-                            and args.figure.parent.is_dir()):
-        raise UserError(f"--figure {args.figure}: give a .png in a folder that exists, and one base"
-                        " and one BGAugment run of the same dataset, loss and seed")
     scores = {run.folder: score_run(run, args.shard) for run in runs}
     left = {run.folder: len(run.images) - len(scores[run.folder]) for run in runs}
     for folder, n in left.items():
@@ -435,12 +528,10 @@ def main(argv=None):
     print(score_table(pairs, scores))
     if args.figure:
         pair, = pairs.values()
-        found = {kind: scores[run.folder] for kind, run in pair.items()}
-        rows = choose(pair["base"], found, args.images, worst=args.worst)
-        draw_figure(pair, found, rows, args.figure)
+        draw_attention(pair, scores, args.images.split(","), args.figure, worst=args.worst)
     if args.sanity:
         rows = [{"": run.folder.name, **check_run(run)} for run in runs]
-        print(f"\n{bgbias.as_text(bgbias.table(rows))}")
+        print(f"\n{bgbias.as_table(rows, room=bgbias.terminal_width())}")
 
 
 if __name__ == "__main__":

@@ -238,8 +238,9 @@ def test_degenerate_batches_by_hand(loss, batch, expected):
 
 
 def test_nzmean_leaves_out_zeros_and_survives_nothing():
-    assert nzmean(torch.tensor([0.0, 3.0, 0.0, 1.0])).item() == 2.0
-    terms = torch.zeros(5, requires_grad=True)
-    nzmean(terms).backward()
-    assert nzmean(terms).item() == 0.0 and terms.grad.isfinite().all()
-    assert nzmean(torch.zeros(0)).item() == 0.0
+    chosen = torch.tensor([True, True, True, False])
+    assert nzmean(torch.tensor([-1.0, 3.0, 1.0, 7.0]), chosen).item() == 2.0
+    terms = torch.zeros(4, requires_grad=True)
+    nzmean(terms, chosen).backward()
+    assert nzmean(terms, chosen).item() == 0.0 and terms.grad.isfinite().all()
+    assert nzmean(torch.ones(4), ~chosen & chosen).item() == 0.0

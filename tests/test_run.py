@@ -627,7 +627,7 @@ def test_bugs_keep_their_traceback():
 def test_damaged_photos_are_named(shop, capsys, end_workers):
     (shop / "shop/images/c00/p0.jpg").write_bytes(b"no photo")
     line = failure(TINY, capsys)
-    assert line.startswith("bgbias.py: error: shop/images/c00/p0.jpg: no readable image (")
+    assert line.startswith("bgbias.py: error: shop/images/c00/p0.jpg: no readable image: ")
     Image.new("RGB", (40, 32)).save(shop / "shop/images/c00/p0.jpg")
     Image.new("L", (10, 10)).save(shop / "shop/masks/c21/p3.png")  # a test photo, read by a worker
     assert failure(f"{TINY} --workers 1", capsys) == (
