@@ -197,6 +197,7 @@ def explain(subject, remedy):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# One of these, in DATA or one folder deeper, shows where a dataset is: its root is what holds it.
 PLACES = {
     "cars196": ("car_ims", "cars_train"),
     "cub200": ("CUB_200_2011/images",),
