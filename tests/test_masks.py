@@ -221,6 +221,27 @@ def test_shards_share_the_images(dataset, capsys):
     assert made == [["a/0.png", "c/4.png"], ["a/1.png", "c/5.png"], ["b/2.png"], ["b/3.png"]]
 
 
+@pytest.mark.parametrize("listed", ["{}/outside", "../outside", "chairs/../../outside"])
+def test_a_list_that_leads_out_of_the_dataset(listed, tmp_path, monkeypatch, capsys):
+    root, outside = tmp_path / "Stanford_Online_Products", tmp_path / "outside"
+    for folder in (root / "chairs", outside):
+        folder.mkdir(parents=True)
+    parts = {"train": range(0, 1), "val": range(1, 2), "test": range(2, 3)}
+    monkeypatch.setitem(bgbias.SPLITS, "sop", parts)
+    monkeypatch.setitem(bgbias.COUNTS, "sop", (6, 2))
+    lines = ["image_id class_id super_class_id path"]
+    for i in range(6):
+        folder = listed.format(tmp_path) if i == 3 else "chairs"
+        Image.fromarray(noise(i)).save((outside if i == 3 else root / "chairs") / f"{i}.png")
+        lines.append(f"{i} {i // 2 + 1} 1 {folder}/{i}.png")
+    (root / "Ebay_train.txt").write_text("\n".join(lines))
+    (root / "Ebay_test.txt").write_text(lines[0])
+    before = files(tmp_path)
+    code, _, err = run(capsys, "--dataset", "sop", "--data", tmp_path)
+    assert code == 2 and err.startswith("masks.py: error: ") and err.count("\n") == 1
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_wrong_shard(text, dataset, capsys):
     code, _, err = run(capsys, "--dataset", dataset, "--shard", text)
