@@ -232,7 +232,7 @@ def main(argv=None):
                            for result in sorted(results) if result.image]
             contact_sheet(worst_first[:SHEET], args.sheet)
         return
-    splits = load_splits(args.dataset, args.data, need_masks=False)
+    splits = load_splits(args.dataset, args.data, need_masks=False, training=False)
     pairs = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
     first, jobs = args.shard
     pairs = pairs[first - 1::jobs]
