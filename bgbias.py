@@ -523,7 +523,7 @@ class Batches(torch.utils.data.Dataset):
         photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
         backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
         for k, (index, seed) in enumerate(plan):
-            torch.manual_seed(seed_of(*seed))  # of torchvision's crops and ours, wherever this runs
+            torch.default_generator.manual_seed(seed_of(*seed))  # of torchvision's crops and ours
             photo = self.photos[index]
             photos[k] = (random_view(photo, self.size) if self.sampler
                          else TF.center_crop(photo, self.size))

@@ -69,13 +69,16 @@ def installed(module):
 
 
 def photos(folder, count, size, mode="RGB"):
-    """Paths of photo-like files: smooth noise, so that JPEG has something to do."""
+    """Paths of files as detailed as photos, about two bits a pixel as JPEG; masks are plain discs."""
     paths = []
     for i in range(count):
         rng = np.random.default_rng([count, i])
-        coarse = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+        picture = Image.radial_gradient("L").resize(size)
+        if mode == "RGB":
+            detail = rng.integers(0, 256, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+            picture = Image.fromarray(detail).resize(size, Image.BICUBIC)
         path = Path(folder, f"{mode}{i}.{'png' if mode == 'L' else 'jpg'}")
-        coarse.resize(size, Image.BICUBIC).convert(mode).save(path)
+        picture.save(path, quality=85)
         paths.append(path)
     return paths
 
