@@ -158,7 +158,7 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResize
 DRAWS = 5  # draws of random backgrounds at test time; validation draws once an epoch
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; of all others 1, 2, 4, 8
 EVAL_BATCH = 32  # photos; no figure depends on it
-LEAVE_FREE = 0.2  # share of the machine's memory that decoded photos leave to others
+LEAVE_FREE = 0.1  # share of the machine's memory that decoded photos leave to others
 WORKER_TIMEOUT = 60  # seconds
 
 # Every random number gets a seed of its own from the run's seed, its purpose and its position, so a
