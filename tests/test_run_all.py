@@ -25,13 +25,12 @@ from conftest import ROOT
 TINY = ("--backbone smallconv --weights none --image-size 16 --iterations 1 --batch-size 8 "
         "--device cpu")
 LOSSES = ("contrastive", "triplet", "multi_similarity", "arcface", "normalized_softmax")
-WEIGHTS = b"weights of a network"
+OURS = "--backgrounds b --weights w.pth"  # flags with which nothing shared is fetched
+CODES = {"SIGINT": 130, "SIGTERM": 143}
 URLS = {"cub": "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
         "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
-        "photos": "https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz",
-        "weights": "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"}
-SUMS = {"cub": "md5 97eceeb196236b17998738112f37df78",
-        "sop": "md5 7f73d41a2f44250d4779881525aea32e", "weights": "sha256 52deb4733"}
+        "photos": "https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz"}
+SUMS = {"cub": "97eceeb196236b17998738112f37df78", "sop": "7f73d41a2f44250d4779881525aea32e"}
 
 
 def environment(folder, **variables):
@@ -46,7 +45,10 @@ def environment(folder, **variables):
 def start(folder, *words, **variables):
     """The process of `bash run_all.sh WORDS`; of the fixture web's copy, if there is one."""
     script = folder / "run_all.sh"
-    script = script if script.exists() else ROOT / "run_all.sh"
+    if script.exists():
+        variables = {"FLAGS": "--weights w.pth", **variables}
+    else:
+        script = ROOT / "run_all.sh"
     return subprocess.Popen(["bash", script, *map(str, words)], cwd=ROOT, text=True,
                             env=environment(folder, **variables), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
@@ -95,7 +97,7 @@ def test_dry_run_is_the_30_runs_of_the_paper(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert lines[:5] == [f"fetch {what}" for what in
                          ("cars196", "cub200", "sop", "backgrounds", "weights")]
-    assert lines[5:8] == [f"python masks.py --dataset {dataset} --data data --shard 1/1"
+    assert lines[5:8] == [f"python masks.py --dataset {dataset} --data data"
                           for dataset in ("cars196", "cub200", "sop")]
     assert lines[8:38] == training_lines(("cars196", "cub200", "sop"))
     assert lines[38] == "python eval_attention.py runs/cars196-contrastive-base-s42"
@@ -119,26 +121,31 @@ def test_toy_needs_neither_downloads_nor_masks(tmp_path):
     assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
 
 
-def test_masks_are_shared_between_gpus(tmp_path):
-    lines = run_all(tmp_path, "--dry-run", "masks", "sop", GPUS="0,1,5").stdout.splitlines()
-    assert [line[-3:] for line in lines] == ["1/3", "2/3", "3/3"]
-
-
-@pytest.mark.parametrize("variables, shards", [
-    ({}, 3),  # what torch counts
-    ({"CUDA_VISIBLE_DEVICES": "4,7"}, 2), ({"CUDA_VISIBLE_DEVICES": ""}, 1),
-    ({"CUDA_VISIBLE_DEVICES": "4,7", "GPUS": "1"}, 1)])
-def test_which_gpus(tmp_path, variables, shards):
+@pytest.mark.parametrize("variables, gpus", [
+    ({}, "012"),  # what torch counts
+    ({"CUDA_VISIBLE_DEVICES": "4,7"}, "47"), ({"CUDA_VISIBLE_DEVICES": ""}, ["none"]),
+    ({"CUDA_VISIBLE_DEVICES": "4,7", "GPUS": "1"}, "1")])
+def test_which_gpus(tmp_path, variables, gpus):
     (tmp_path / "torch.py").write_text("class cuda:\n    device_count = lambda: 3\n")
-    variables = {"GPUS": "", "PYTHONPATH": str(tmp_path), **variables}
-    done = run_all(tmp_path, "--dry-run", "masks", "sop", **variables)
-    assert len(done.stdout.splitlines()) == shards
+    (tmp_path / "data/car_ims").mkdir(parents=True)
+    for folder in ("CUB_200_2011", "Stanford_Online_Products"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    variables = {"GPUS": "", "PYTHONPATH": str(tmp_path), "FLAGS": OURS, **variables}
+    done = run_all(tmp_path, "data", **variables)
+    assert done.returncode == 0 and busy(done.stdout) == set(gpus)
 
 
-def test_without_home(tmp_path, monkeypatch):
-    monkeypatch.delenv("HOME", raising=False)
-    done = run_all(tmp_path, "--dry-run", "cub200", TORCH_HOME="")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_stopped_while_torch_is_asked(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('x', file=open('%s', 'w'))\n"
+                                       "time.sleep(0.5)\nclass cuda:\n    device_count = int\n"
+                                       % (tmp_path / "asked"))
+    for name, code in CODES.items():
+        process = start(tmp_path, "train", GPUS="", PYTHONPATH=str(tmp_path))
+        while not (tmp_path / "asked").exists() and process.poll() is None:
+            time.sleep(0.01)
+        assert stop(process, tmp_path, getattr(signal, name)) == (code, "")
+        (tmp_path / "asked").unlink()
+        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("task", [0, 1, 17, 29])
@@ -242,9 +249,7 @@ def point_at(server):
         text = text.replace(url, f"{server.url}/{name}")
     for name, real in SUMS.items():
         assert text.count(f" {real} ") == 1
-        algorithm, digits = real.split()
-        ours = hashlib.new(algorithm, server.files[name]).hexdigest()[:len(digits)]
-        text = text.replace(f" {real} ", f" {algorithm} {ours} ")
+        text = text.replace(f" {real} ", f" {hashlib.md5(server.files[name]).hexdigest()} ")
     server.script.write_text(text)
 
 
@@ -260,8 +265,7 @@ def web(tmp_path):
         "cub": tar({"attributes.txt": b"-", "CUB_200_2011/images/001.A/a.jpg": noise}),
         "sop": zipped({"Stanford_Online_Products/Ebay_train.txt": noise}),
         "photos": tar({"code-main/data/unsplash_backgrounds/val/a.jpg": noise,
-                       "code-main/data/unsplash_backgrounds/test/b.jpg": b"b"}),
-        "weights": WEIGHTS}
+                       "code-main/data/unsplash_backgrounds/test/b.jpg": b"b"})}
     point_at(server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -270,13 +274,15 @@ def web(tmp_path):
 
 
 def arrived(folder):
-    """The files below data/ and hub/, relative."""
-    return sorted(str(path.relative_to(folder)) for kind in ("data", "hub")
-                  for path in (folder / kind).rglob("*") if path.is_file())
+    """The files below data/, relative, but for the archives."""
+    archives = [folder / archive for archive in ARCHIVES.values()]
+    return sorted(str(path.relative_to(folder)) for path in (folder / "data").rglob("*")
+                  if path.is_file() and path not in archives)
 
 
-SHARED = ["data/unsplash_backgrounds/test/b.jpg", "data/unsplash_backgrounds/val/a.jpg",
-          "hub/hub/checkpoints/bn_inception-52deb4733.pth"]
+ARCHIVES = {"cub": "data/CUB_200_2011.tgz", "sop": "data/Stanford_Online_Products.zip",
+            "photos": "data/unsplash_backgrounds.tar.gz"}
+SHARED = ["data/unsplash_backgrounds/test/b.jpg", "data/unsplash_backgrounds/val/a.jpg"]
 CUB = "data/CUB_200_2011/images/001.A/a.jpg"
 SOP = "data/Stanford_Online_Products/Ebay_train.txt"
 
@@ -295,22 +301,29 @@ def test_everything_is_fetched_once(tmp_path, web):
     done = run_all(tmp_path, "data", "cub200", "sop", GPUS="0 1")
     assert (done.returncode, done.stderr) == (0, "")
     assert arrived(tmp_path) == sorted([CUB, SOP, *SHARED])
-    assert (tmp_path / SHARED[2]).read_bytes() == WEIGHTS
     assert sorted(web.asked) == sorted((name, None) for name in web.files)
     assert run_all(tmp_path, "data", "cub200", "sop").returncode == 0
-    assert len(web.asked) == 4
+    assert len(web.asked) == 3
+
+
+@pytest.mark.parametrize("served, reason", [(None, "404"), (b"<html>Please log in", "hash")])
+def test_weights_are_fetched_by_bgbias(tmp_path, web, served, reason):
+    url = bgbias.BNINCEPTION_URL
+    web.files = {url[1:]: served} if served else {}  # a proxy is asked for the whole address
+    failed = run_all(tmp_path, "data", "cub200", FLAGS="--backgrounds b", http_proxy=web.url)
+    one_line(failed, "data-weights: ", reason, f"fetch {url} elsewhere", "--weights FILE")
+    assert (url[1:], None) in web.asked
 
 
 def test_archives_put_there_by_hand(tmp_path, web):
     """They are taken, and nobody deletes them."""
-    archives = {"cub": "data/CUB_200_2011.tgz", "sop": "data/Stanford_Online_Products.zip",
-                "photos": "data/unsplash_backgrounds.tar.gz", "weights": SHARED[2]}
-    for name, place in archives.items():
+    for name, place in ARCHIVES.items():
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(web.files[name])
     done = run_all(tmp_path, "data", "cub200", "sop")
     assert (done.returncode, done.stderr, web.asked) == (0, "", [])
-    assert arrived(tmp_path) == sorted({CUB, SOP, *SHARED, *archives.values()})
+    assert arrived(tmp_path) == sorted([CUB, SOP, *SHARED])
+    assert all((tmp_path / place).exists() for place in ARCHIVES.values())
 
 
 def test_a_wrong_archive_put_there_by_hand(tmp_path, web):
@@ -324,7 +337,7 @@ def test_a_wrong_archive_put_there_by_hand(tmp_path, web):
 def test_folders_that_are_there_and_flags_that_need_nothing(tmp_path, web):
     for folder in ("cub200/CUB_200_2011", "Stanford_Online_Products"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    done = run_all(tmp_path, "data", "cub200", "sop", FLAGS="--backgrounds b --weights w.pth")
+    done = run_all(tmp_path, "data", "cub200", "sop", FLAGS=OURS)
     assert (done.returncode, done.stderr, web.asked) == (0, "", [])
 
 
@@ -355,15 +368,12 @@ def test_cut_connection(tmp_path, web):
 
 def test_checksum(tmp_path, web):
     web.files["cub"] = tar({"CUB_200_2011/images/001.A/a.jpg": b"something else"})
-    web.files["weights"] = b"<html>Please log in</html>"
     failed = run_all(tmp_path, "data", "cub200")
-    for place, algorithm in (("data/CUB_200_2011.tgz", "md5"), (SHARED[2], "sha256")):
-        one_line(failed, f"{place}.part: its {algorithm} does not begin with ", "delete it")
-        (tmp_path / f"{place}.part").unlink()  # as it says
-    assert arrived(tmp_path) == SHARED[:2]
+    one_line(failed, "data/CUB_200_2011.tgz: its md5 does not begin with ", "delete it")
+    assert arrived(tmp_path) == SHARED
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", CODES.items())
 def test_stopped_while_fetching(tmp_path, web, name, code):
     """It does not wait for a slow server; what came so far is kept."""
     web.slow = True
@@ -373,6 +383,33 @@ def test_stopped_while_fetching(tmp_path, web, name, code):
         time.sleep(0.05)
     assert stop(process, tmp_path, getattr(signal, name)) == (code, "")
     assert web.files["cub"].startswith(part.read_bytes())
+
+
+def test_killed_while_fetching(tmp_path, web):
+    """Nobody can tidy up then, so the next start does, and nothing lies anywhere else."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "data/CUB_200_2011.new/half").mkdir(parents=True)  # killed while it was unpacked
+    web.slow = True
+    process = start(tmp_path, "data", "cub200", FLAGS=OURS, TMPDIR=str(tmp_path / "tmp"))
+    part = tmp_path / "data/CUB_200_2011.tgz.part"
+    while not (part.exists() and part.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)
+    for file in processes(tmp_path):
+        os.kill(int(file.parent.name), signal.SIGKILL)
+    web.slow = False
+    done = run_all(tmp_path, "data", "cub200", FLAGS=OURS, TMPDIR=str(tmp_path / "tmp"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert arrived(tmp_path) == [CUB] and not list((tmp_path / "data").glob("*.new"))
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_killed_just_after_unpacking(tmp_path, web):
+    (tmp_path / "data/CUB_200_2011.new").mkdir(parents=True)
+    (tmp_path / "data/CUB_200_2011").mkdir()
+    assert run_all(tmp_path, "data", "cub200", FLAGS=OURS).returncode == 0
+    assert not (tmp_path / "data/CUB_200_2011.new").exists() and not web.asked
 
 
 def test_a_failed_download_stops_only_its_dataset(tmp_path, web):
@@ -394,7 +431,7 @@ def test_missing_on_the_server(tmp_path, web):
     del web.files["photos"]
     failed = run_all(tmp_path, "data", "cub200")
     one_line(failed, f"{web.url}/photos: ", "404", "data/unsplash_backgrounds.tar.gz")
-    assert arrived(tmp_path) == [CUB, SHARED[2]]
+    assert arrived(tmp_path) == [CUB]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -413,7 +450,7 @@ def test_no_space(tmp_path, web):
 def test_bad_archives(tmp_path, web, content, message):
     web.files["photos"] = content
     failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, "data/unsplash_backgrounds.tar.gz.part", message, "delete it")
+    one_line(failed, "data/unsplash_backgrounds.tar.gz", message, "delete it")
     assert not (tmp_path / "data/unsplash_backgrounds").exists()
     assert not (tmp_path / "evil").exists() and not (tmp_path / "data/evil").exists()
 
@@ -473,13 +510,13 @@ def test_a_failing_run_does_not_lose_the_others(shop):
 def test_failed_masks_leave_out_the_runs(tmp_path):
     (tmp_path / "empty/images").mkdir(parents=True)
     failed = run_all(tmp_path, "masks", "train", tmp_path / "empty", FLAGS=TINY)
-    one_line(failed, "masks-empty-1: exit code ")
+    one_line(failed, "masks-empty: exit code ")
     assert "empty-contrastive" not in failed.stdout
 
 
 def test_a_log_that_cannot_be_written(tmp_path):
     (tmp_path / "runs/data-cars196.log").mkdir(parents=True)
-    failed = run_all(tmp_path, "data", "cars196", FLAGS="--backgrounds b --weights w.pth")
+    failed = run_all(tmp_path, "data", "cars196", FLAGS=OURS)
     assert failed.returncode == 1 and "  data-cars196: exit code 1" in failed.stderr
     assert "data-weights: data is done" in failed.stdout
 
