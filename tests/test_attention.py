@@ -1,8 +1,9 @@
 """eval_attention.py: the score against hand-worked masks, the map against a loop over single copies
-and a closed form, and runs of bgbias.py through shards, resuming, table, figure and each error."""
+and a closed form, runs of bgbias.py through shards, resuming, table, figure and each error, and the
+nearest neighbours against a double loop and the run's own Recall@1."""
 
 import json
-import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -163,14 +164,14 @@ def test_map_does_not_depend_on_the_batch_or_its_order():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with two untrained runs, base and BGAugment, of 6 classes x 3 photos: 9 test images,
-    of which class_5/2.png has a full and class_5/1.png an empty mask."""
+    """Two untrained runs, base and BGAugment, of 3 classes x 3 photos, all of them test images, of
+    which class_5/2.png has a full and class_5/1.png an empty mask."""
     root, rng = tmp_path_factory.mktemp("attention"), np.random.default_rng(0)
-    for k in range(18):
-        name = f"class_{k // 3}/{k % 3}.png"
+    for k in range(9):
+        name = f"class_{3 + k // 3}/{k % 3}.png"
         mask = np.zeros((24, 20), np.uint8)
         mask[6:18, 5:15] = 255
-        mask = {16: 0 * mask, 17: 0 * mask + 255}.get(k, mask)
+        mask = {7: 0 * mask, 8: 0 * mask + 255}.get(k, mask)
         photo = rng.integers(0, 256, (24, 20, 3), np.uint8)
         for kind, pixels in (("images", photo), ("masks", mask)):
             (root / "photos" / kind / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def trained(tmp_path_factory):
         bgbias.main(["--dataset", str(root / "photos"), "--backgrounds", str(root / "pool"),
                      "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
                      "--epochs", "0", "--image-size", str(SIZE), "--device", "cpu", *flags])
-    base, other = (root / f"runs/photos-contrastive-{kind}-s42" for kind in ("base", "bgaugment"))
+    base, other = (root / f"runs/photos-untrained-{kind}-s42" for kind in ("base", "bgaugment"))
     state = torch.load(other / "best.pt", weights_only=True)  # both start alike: move one
     state["network"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
     torch.save(state, other / "best.pt")
@@ -211,11 +212,11 @@ def two_images_a_batch(monkeypatch):
 
 
 def row_of(text, heading, run):
-    """{heading: cell} of a run's row in the table that has this heading; cells are two spaces apart."""
-    lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if heading in line)
-    row, = [line for line in lines[first:first + 3] if line.startswith(f"{run.name} ")]
-    return dict(zip(re.split("  +", lines[first].strip()), re.split("  +", row)[1:]))
+    """{heading: cell} of a run's row in the Markdown table that has this heading."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    first = next(i for i, cells in enumerate(lines) if heading in cells)
+    row, = [cells for cells in lines[first:first + 4] if cells[:1] == [run.name]]
+    return {name: cell for name, cell in zip(lines[first][1:], row[1:], strict=True) if cell}
 
 
 def test_scores_of_a_run(runs):
@@ -276,9 +277,8 @@ def test_interrupted_scoring_goes_on(runs, monkeypatch):
 
 
 def test_scores_are_saved_on_the_way(runs, monkeypatch):
-    """A job that is killed, where nothing can be saved at the end, loses a minute."""
+    """A job that is killed, where nothing can be saved at the end, loses a 50th of the images."""
     two_images_a_batch(monkeypatch)
-    monkeypatch.setattr(ea, "SAVE_EVERY", 0)
     run, mapping, saved = ea.load_run(runs[0], "cpu"), ea.attention_map, []
 
     def watched(*args):
@@ -350,8 +350,7 @@ def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
         assert len(checks) == 9
         assert checks["score"] == f"{values.mean():.3f}"  # 200 images are all of these
         assert checks["mask as map"] == "1.000" and float(checks["its complement"]) < 0
-    assert Image.open(tmp_path / "a.png").size == (4 * ea.CELL + 3 * ea.GAP,
-                                                   2 * ea.TEXT + 2 * ea.CELL + ea.GAP)
+    assert Image.open(tmp_path / "a.png").size == (900, 2 * (221 + 5))  # 4 cells of 221 px, gaps of 5
 
 
 def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
@@ -361,15 +360,14 @@ def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
         ea.main([*map(str, order), "--device", "cpu", *flags])
         shown.append((capsys.readouterr().out, (tmp_path / name).read_bytes()))
     assert shown[0] == shown[1]
-    lines = shown[0][0].splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == [run.name for run in runs]
+    names = [line.split("|")[1].strip() for line in shown[0][0].splitlines()[2:4]]
+    assert names == [run.name for run in runs]
 
 
 def test_paper_numbers_stand_beside_ours(runs, tmp_path):
     run = ea.load_run(copy_of(runs[0], tmp_path / "cub200-triplet-base-s42"), "cpu")
-    run.args.dataset, run.args.loss = "cub200", "triplet"
     result = json.loads((run.folder / "result.json").read_text())
-    result["args"] |= {"dataset": "cub200", "loss": "triplet"}
+    result["args"] |= {"dataset": "cub200", "loss": "triplet", "epochs": 1}
     (run.folder / "result.json").write_text(json.dumps(result))
     scores = {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}
     bgbias.write_json(run.folder / "attention.json", ea.summary(scores))
@@ -378,16 +376,32 @@ def test_paper_numbers_stand_beside_ours(runs, tmp_path):
                    "paper: attention": "0.24 ± 0.08"}
 
 
-def test_choose(runs):
-    run = ea.load_run(runs[0], "cpu")
-    gaps = [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
-    found = {"base": {str(p): (0.0, 0, 0) for p in run.images},
-             "bgaugment": {str(p): (gap, 0, 0) for p, gap in zip(run.images, gaps)}}
-    assert ea.choose(run, found, ["3"], worst=True) == [2, 6, 3]
-    assert ea.choose(run, found, ["class_4/1.png", "class_3/0.png"], worst=False) == [4, 0]
-    assert sorted(ea.choose(run, found, ["20"], worst=False)) == [0, 1, 2, 3, 5, 6, 7, 8]
-    three = ea.choose(run, found, ["3"], worst=False)
-    assert len(three) == 3 and ea.choose(run, found, ["3"], worst=False) == three
+def test_which_images_are_drawn(runs, tmp_path):
+    """A figure is the same, byte for byte, as the one of the images that it should show, by name."""
+    pair, = ea.pair_up([ea.load_run(folder, "cpu") for folder in runs]).values()
+    images, gaps = pair["base"].images, [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
+    scores = {runs[0]: {image: (0.0, 0, 0) for image in images},
+              runs[1]: {image: (gap, 0, 0) for image, gap in zip(images, gaps)}}
+
+    def drawn(*wanted, worst=False):
+        ea.draw_attention(pair, scores, list(wanted), tmp_path / "a.png", worst=worst)
+        return np.asarray(Image.open(tmp_path / "a.png"))
+
+    def names(rows):
+        return ["/".join(Path(images[row]).parts[-2:]) for row in rows]
+
+    height = 221 + 5
+    alone = [drawn(name) for name in names(range(9))]
+    assert len({picture.tobytes() for picture in alone}) == 9
+    assert all(picture.shape == (height, 900, 3) for picture in alone)
+    rows = drawn("3", worst=True), drawn("class_4/1.png", "class_3/0.png"), drawn("20"), drawn("3")
+    shown = []
+    for picture in rows:
+        parts = picture.reshape(-1, height, 900, 3)
+        shown.append([next(i for i in range(9) if (alone[i] == part).all()) for part in parts])
+    assert shown[:2] == [[2, 6, 3], [4, 0]]
+    assert sorted(shown[2]) == [0, 1, 2, 3, 5, 6, 7, 8] and shown[2] != sorted(shown[2])
+    assert shown[3] == shown[2][:3] and (drawn("3") == rows[3]).all()
 
 
 def test_heat_map_and_outline():
@@ -440,7 +454,8 @@ def test_error_no_run(capsys, tmp_path):
 def test_error_config(capsys, runs, tmp_path, content):
     copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "config.json").write_text(content)
-    assert f"{copy / 'config.json'}: not of this bgbias.py" in error_of(capsys, copy)
+    line = error_of(capsys, copy)
+    assert f"{copy / 'config.json'}: " in line and "not of this bgbias.py, train again" in line
 
 
 def test_error_data_gone(capsys, runs, tmp_path):
@@ -449,15 +464,27 @@ def test_error_data_gone(capsys, runs, tmp_path):
     saved["args"]["dataset"] = str(tmp_path / "gone")
     (copy / "config.json").write_text(json.dumps(saved))
     line = error_of(capsys, copy)
-    assert str(copy / "config.json") in line and str(tmp_path / "gone") in line
+    assert f"{copy}: --dataset {tmp_path / 'gone'}: " in line and "start where" in line
 
 
 def test_error_checkpoint(capsys, runs, tmp_path):
     copy = copy_of(runs[0], tmp_path / runs[0].name)
+    best = (copy / "best.pt").read_bytes()
     (copy / "best.pt").write_bytes(b"no checkpoint")
-    assert f"{copy / 'best.pt'}: not a checkpoint of smallconv" in error_of(capsys, copy)
+    line = error_of(capsys, copy)
+    assert f"{copy / 'best.pt'}: " in line and line.endswith("; train again")
+    weight = torch.load(runs[0] / "best.pt", weights_only=True)["network"]["head.weight"]
+    place = best.index(weight.numpy().tobytes())  # flipped in there, torch.load notices nothing
+    for flipped in (place, place + 4 * weight.numel() - 1, len(best) // 50, len(best) - 10):
+        damaged = bytearray(best)
+        damaged[flipped] ^= 0xFF
+        (copy / "best.pt").write_bytes(damaged)
+        line = error_of(capsys, copy)
+        assert f"{copy / 'best.pt'}: " in line and line.endswith("; train again"), flipped
     (copy / "best.pt").unlink()
-    assert f"{copy / 'best.pt'}: missing" in error_of(capsys, copy)
+    line = error_of(capsys, copy)
+    assert f"{copy / 'best.pt'}: " in line and "No such file" in line
+    assert not list(copy.glob("attention*"))
 
 
 def test_error_unfinished(capsys, runs, tmp_path):
@@ -479,11 +506,14 @@ def test_error_device(capsys, runs):
 def test_error_scores(capsys, runs, tmp_path):
     copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "attention.npz").write_bytes(b"PK no scores")
-    assert f"{copy / 'attention.npz'}: not readable" in error_of(capsys, copy)
+    line = error_of(capsys, copy)
+    assert f"{copy / 'attention.npz'}: " in line and line.endswith("; delete it")
 
 
 def test_error_same_run_twice(capsys, runs, tmp_path):
-    assert "are no pair; give one base and one BGAugment run" in error_of(capsys, runs[0], copy_of(runs[0], tmp_path / runs[0].name))
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
+    line = error_of(capsys, runs[0], copy)
+    assert "are no pair; give one base and one BGAugment run" in line
 
 
 def test_error_figure(capsys, runs, tmp_path):
