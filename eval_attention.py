@@ -123,7 +123,8 @@ def load_run(folder, device="auto"):
         split = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)["test"]
     except UserError as error:
         raise UserError(f"{folder}: {error} (start where the run was trained)") from error
-    checksum = hashlib.sha256()
+    arguments = args.loss, args.image_size, args.seed, args.backbone
+    checksum = hashlib.sha256(f"{arguments}".encode())
     with explain(folder / "best.pt", "train again"):
         checksum.update((folder / "best.pt").read_bytes())
     for path in (*split.images, *split.masks):
