@@ -302,6 +302,79 @@ def test_another_checkpoint_starts_over(runs):
     assert len(ea.read_scores(run)) == 9
 
 
+def with_photos_of_its_own(run, folder):
+    """A copy of an untrained run in `folder`, of a copy of its photos there."""
+    saved = json.loads((run / "config.json").read_text())
+    shutil.copytree(saved["args"]["dataset"], folder / "photos")
+    copy = copy_of(run, folder / run.name)
+    saved["args"]["dataset"] = str(folder / "photos")
+    (copy / "config.json").write_text(json.dumps(saved))
+    return copy
+
+
+def score_again(folder):
+    """The saved scores (N, 3) after one more call of the command."""
+    ea.main([str(folder), "--device", "cpu"])
+    with np.load(folder / "attention.npz") as saved:
+        return np.stack([saved["score"], saved["a"], saved["p"]], axis=1)
+
+
+def test_inverted_masks_are_scored_anew(runs, tmp_path):
+    """What lay on the object lies on the background then: a becomes 1 - a, p becomes 1 - p."""
+    run = with_photos_of_its_own(runs[0], tmp_path)
+    before, mean = score_again(run), json.loads((run / "attention.json").read_text())["mean"]
+    for mask in (tmp_path / "photos/masks").glob("*/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
+    after = score_again(run)
+    np.testing.assert_allclose(after[:, 1:], 1 - before[:, 1:], atol=1e-3)
+    assert (np.abs(after[:7, 0] - before[:7, 0]) > 0.01).all()
+    assert np.isnan(after[:, 0]).tolist() == [False] * 7 + [True, False]  # the empty one is full now
+    saved = json.loads((run / "attention.json").read_text())
+    assert saved["mean"] == pytest.approx(np.nanmean(after[:, 0])) != pytest.approx(mean)
+
+
+def test_a_replaced_photo_is_scored_anew(runs, tmp_path):
+    run = with_photos_of_its_own(runs[0], tmp_path)
+    before = score_again(run)
+    photo = tmp_path / "photos/images/class_3/1.png"
+    Image.fromarray(255 - np.asarray(Image.open(photo))).save(photo)
+    after = score_again(run)
+    assert abs(after[1, 0] - before[1, 0]) > 1e-3 and after[1, 2] == before[1, 2]
+    np.testing.assert_allclose(np.delete(after, 1, 0), np.delete(before, 1, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("argument, value", [("image_size", 20), ("loss", "arcface")])
+def test_scores_are_of_the_arguments_they_follow_from(runs, tmp_path, argument, value):
+    """An untrained run that was tested again with other arguments has the same weights in best.pt."""
+    run = copy_of(runs[0], tmp_path / runs[0].name)
+    before, saved = score_again(run), json.loads((run / "config.json").read_text())
+    saved["args"][argument] = value
+    (run / "config.json").write_text(json.dumps(saved))
+    after = score_again(run)
+    assert (np.abs(after[:7, 0] - before[:7, 0]) > 1e-4).all()  # with an empty mask it is 0
+
+
+def test_unchanged_runs_are_not_scored_again(runs, monkeypatch):
+    before = score_again(runs[0])
+
+    def no_work(*args, **kwargs):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(ea, "network_of", no_work)
+    np.testing.assert_array_equal(score_again(runs[0]), before)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"", b"[1, 2]", b"\xff\xfe"])
+def test_damaged_summary_is_mended(runs, damage):
+    score_again(runs[0])
+    whole = (runs[0] / "attention.json").read_bytes()
+    (runs[0] / "attention.json").write_bytes(damage)
+    assert "attention" not in bgbias.read_result(runs[0]).figures
+    score_again(runs[0])
+    assert (runs[0] / "attention.json").read_bytes() == whole
+    assert bgbias.read_result(runs[0]).figures["attention"][0] == json.loads(whole)["mean"]
+
+
 # --------------------------------------------------------------------------------------------------
 # Table, figure, checks
 # --------------------------------------------------------------------------------------------------
@@ -450,7 +523,21 @@ def test_error_no_run(capsys, tmp_path):
     assert f"{tmp_path}: no finished run; give" in error_of(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"args": {}}'])
+@pytest.mark.parametrize("argument, value", [
+    ("loss", "n_pair"), ("loss", None), ("loss", ["triplet"]), ("seed", None), ("seed", "x"),
+    ("seed", -1), ("image_size", "large")])
+def test_error_argument_in_config(capsys, runs, tmp_path, argument, value):
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
+    saved = json.loads((copy / "config.json").read_text())
+    saved["args"][argument] = value
+    (copy / "config.json").write_text(json.dumps(saved))
+    line = error_of(capsys, copy)
+    assert f"{copy / 'config.json'}: " in line and "not of this bgbias.py, train again" in line
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"args": {}}', "", "null", 10_000 * "[" + 10_000 * "]",
+    '{"args": ' + 10_000 * '{"args": ' + "1" + 10_001 * "}"])
 def test_error_config(capsys, runs, tmp_path, content):
     copy = copy_of(runs[0], tmp_path / runs[0].name)
     (copy / "config.json").write_text(content)
@@ -475,12 +562,14 @@ def test_error_checkpoint(capsys, runs, tmp_path):
     assert f"{copy / 'best.pt'}: " in line and line.endswith("; train again")
     weight = torch.load(runs[0] / "best.pt", weights_only=True)["network"]["head.weight"]
     place = best.index(weight.numpy().tobytes())  # flipped in there, torch.load notices nothing
-    for flipped in (place, place + 4 * weight.numel() - 1, len(best) // 50, len(best) - 10):
+    for flipped in (place, place + 4 * weight.numel() - 1):
         damaged = bytearray(best)
         damaged[flipped] ^= 0xFF
         (copy / "best.pt").write_bytes(damaged)
         line = error_of(capsys, copy)
-        assert f"{copy / 'best.pt'}: " in line and line.endswith("; train again"), flipped
+        assert f"{copy / 'best.pt'}: " in line and "damaged" in line, flipped
+    (copy / "best.pt").write_bytes(best[:-1000])
+    assert error_of(capsys, copy).endswith("; train again")
     (copy / "best.pt").unlink()
     line = error_of(capsys, copy)
     assert f"{copy / 'best.pt'}: " in line and "No such file" in line
@@ -501,6 +590,27 @@ def test_error_unfinished(capsys, runs, tmp_path):
 def test_error_device(capsys, runs):
     with pytest.raises(bgbias.UserError, match="^--device cuda:99: "):
         ea.load_run(runs[0], "cuda:99")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda saved: saved | {"score": saved["score"].astype(str)},
+    lambda saved: saved | {"a": saved["a"] + 1j},
+    lambda saved: saved | {"p": saved["p"][:-1]},
+    lambda saved: saved | {"image": saved["image"][:-1]},
+    lambda saved: saved | {"score": np.array([{}] * 9)},
+    lambda saved: {name: saved[name] for name in ("image", "score", "a", "p")}])
+def test_error_scores_of_another_kind(capsys, runs, tmp_path, damage):
+    copy = copy_of(runs[0], tmp_path / runs[0].name)
+    score_again(copy)
+    with np.load(copy / "attention.npz") as file:
+        saved = dict(file)
+    with (copy / "attention.npz").open("wb") as file:
+        np.savez(file, **damage(saved))
+    capsys.readouterr()
+    line = error_of(capsys, copy)
+    assert f"{copy / 'attention.npz'}: " in line and line.endswith("; delete it")
+    (copy / "attention.npz").unlink()
+    np.testing.assert_array_equal(score_again(copy)[:, 1], saved["a"])  # that was the remedy
 
 
 def test_error_scores(capsys, runs, tmp_path):
