@@ -373,9 +373,10 @@ def nearest(run, rows):
     batches = bgbias.test_batches(run.split, run.args, draws=1)
     items = bgbias.loader(batches, run.args, range(batches.items_a_pass))
     embeddings = bgbias.embed(network_of(run), items, run.args.device)
-    gallery, found = embeddings["clean"][0], {}
+    center = embeddings["clean"][0].mean(dim=0)  # as in retrieval_metrics(): more digits are kept
+    gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
-        distances = torch.cdist(queries[rows], gallery)
+        distances = torch.cdist(queries[rows] - center, gallery)
         distances[range(len(rows)), rows] = torch.inf  # a photo is no neighbour of its own
         count = min(NEIGHBOURS, len(gallery) - 1)
         found[condition] = distances.topk(count, largest=False).indices.cpu()
