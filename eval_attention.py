@@ -329,7 +329,7 @@ def draw_attention(pair, scores, wanted, file, *, worst):
     base = pair["base"]
     found = [scores[pair[kind].folder] for kind in KINDS]
     gaps = [found[1][image][0] - found[0][image][0] for image in base.images]
-    if wanted[0].isdigit():
+    if wanted[0].isdecimal():
         rows = [row for row in shuffled(base) if np.isfinite(gaps[row])]
         if worst:
             rows.sort(key=lambda row: -abs(gaps[row]))
@@ -388,7 +388,9 @@ def draw_neighbours(pair, wanted, file, *, worst):
     row a run of the photos nearest to the latter. Raises UserError."""
     first = next(iter(pair.values()))
     labels, order = torch.as_tensor(first.split.labels), shuffled(first)
-    rows = order[:int(wanted[0])] if wanted[0].isdigit() else named(first, wanted)
+    by_name = not wanted[0].isdecimal()
+    worst = worst and not by_name
+    rows = named(first, wanted) if by_name else order[:int(wanted[0])]
     if worst:
         rows = order[:CANDIDATES]
     found = {kind: nearest(run, rows) for kind, run in pair.items()}
