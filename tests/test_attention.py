@@ -498,6 +498,272 @@ def test_occlusion_moves_only_what_is_swapped(runs):
 
 
 # --------------------------------------------------------------------------------------------------
+# Neighbours
+# --------------------------------------------------------------------------------------------------
+
+
+def write_photo(root, name, backdrop, thing, corner):
+    """A photo of a thing (12 x 12) in front of a backdrop (24 x 28), and its mask."""
+    pixels, mask = backdrop.copy(), np.zeros(backdrop.shape[:2], np.uint8)
+    top, left = corner
+    pixels[top:top + 12, left:left + 12] = thing
+    mask[top:top + 12, left:left + 12] = 255
+    for kind, content in (("images", pixels), ("masks", mask)):
+        (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(root / kind / name)
+
+
+@pytest.fixture(scope="module")
+def sellers(tmp_path_factory):
+    """Two runs, base and BGAugment, trained for two batches, of 22 classes x 4 photos, 44 of them
+    test images (two batches of the test). A class is a coloured square before its own backdrop, but
+    for a photo each, which has another class's."""
+    root, rng = tmp_path_factory.mktemp("sellers"), np.random.default_rng(0)
+    backdrops = rng.integers(0, 256, (22, 1, 1, 3)) + rng.integers(-20, 20, (22, 24, 28, 3))
+    backdrops = backdrops.clip(0, 255).astype(np.uint8)
+    for label in range(22):
+        thing = rng.integers(0, 256, 3)
+        for i in range(4):
+            backdrop = backdrops[(label + (i == 3)) % 22]
+            corner = rng.integers(2, 12, 2)
+            write_photo(root / "shop", f"c{label:02d}/{i}.png", backdrop, thing, corner)
+    for part in ("val", "test"):
+        (root / "pool" / part).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (24, 24, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"pool/{part}/{i}.png")
+    for flags in ([], ["--bgaugment"]):
+        bgbias.main(["--dataset", str(root / "shop"), "--backgrounds", str(root / "pool"),
+                     "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
+                     "--epochs", "1", "--iterations", "2", "--batch-size", "8", "--lr", "1e-3",
+                     "--image-size", str(SIZE), "--device", "cpu", *flags])
+    return [root / f"runs/shop-contrastive-{kind}-s42" for kind in ("base", "bgaugment")]
+
+
+def pixels_of(file, grey=False):
+    """A photo or mask, resized and centre-cropped as the test protocol says: (C, S, S) float."""
+    picture = Image.open(file).convert("L" if grey else "RGB")
+    short = round(SIZE * 256 / 227)
+    scale = short / min(picture.size)
+    picture = picture.resize([int(n * scale) for n in picture.size], Image.BILINEAR)
+    left, top = (int(round((n - SIZE) / 2)) for n in picture.size)
+    picture = np.asarray(picture.crop((left, top, left + SIZE, top + SIZE)), np.float32)
+    return torch.from_numpy(np.atleast_3d(picture).transpose(2, 0, 1).copy())
+
+
+def two_views(run, count=44):
+    """Test photos, and these in front of draw 0 of the test's five, (N, 3, S, S) in [0, 255]."""
+    batches = bgbias.test_batches(run.split, run.args)
+    backgrounds = torch.cat([batches[n][1][0] for n in range(batches.items_a_pass)]).float()
+    photos = torch.stack([pixels_of(file) for file in run.split.images])
+    masks = torch.stack([pixels_of(file, grey=True) for file in run.split.masks]) / 255
+    assert len(photos) == count == len(backgrounds)
+    return photos, photos * masks + backgrounds * (1 - masks)
+
+
+def slow_embeddings(run, images):
+    """Each image by itself through the weights in best.pt: (N, D) float64."""
+    network = bgbias.Embedder("smallconv", "none", SIZE).eval()
+    network.load_state_dict(torch.load(run.folder / "best.pt", weights_only=True)["network"])
+    network.double()
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
+    with torch.no_grad():
+        features = [network.backbone((image / 255 - mean)[None] / std)[0] for image in images]
+        e = torch.stack([network.head(feature) for feature in features])
+    return (e / (e ** 2).sum(dim=1, keepdim=True).sqrt()).numpy()
+
+
+def slow_neighbours(queries, gallery, count=5):
+    """For query i the `count` nearest of the gallery but i, by a plain double loop."""
+    found = []
+    for i, query in enumerate(queries):
+        distances = [(float(((query - other) ** 2).sum()), j)
+                     for j, other in enumerate(gallery) if j != i]
+        found.append([j for _, j in sorted(distances)[:count]])
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def slow(sellers):
+    """{run folder: {"clean", "replaced": (44, 5) the nearest clean photos}}"""
+    found = {}
+    for folder in sellers:
+        run = ea.load_run(folder, "cpu")
+        clean, replaced = (slow_embeddings(run, images) for images in two_views(run))
+        found[folder] = {"clean": slow_neighbours(clean, clean),
+                         "replaced": slow_neighbours(replaced, clean)}
+    return found
+
+
+def test_nearest_is_a_double_loop_over_embeddings(sellers, slow):
+    for folder in sellers:
+        run = ea.load_run(folder, "cpu")
+        found = ea.nearest(run, list(range(44)))
+        for condition, expected in slow[folder].items():
+            np.testing.assert_array_equal(found[condition].numpy(), expected)
+            assert (found[condition] != torch.arange(44)[:, None]).all()  # never the query itself
+        some = ea.nearest(run, [40, 3, 33])  # in the order that is asked for
+        np.testing.assert_array_equal(some["replaced"].numpy(), slow[folder]["replaced"][[40, 3, 33]])
+
+
+def test_picture_and_table_tell_one_story(sellers, slow):
+    for folder in sellers:
+        run = ea.load_run(folder, "cpu")
+        found = ea.nearest(run, list(range(44)))
+        labels = np.array(run.split.labels)
+        test = json.loads((folder / "result.json").read_text())["test"]
+        expected = {"clean": test["clean"], "replaced": test["query"]["draws"][0]}
+        for condition, metrics in expected.items():
+            first = found[condition][:, 0].numpy()
+            assert 0.02 < metrics["recall@1"] < 0.98
+            assert (labels[first] == labels).mean() == pytest.approx(metrics["recall@1"], abs=1e-12)
+
+
+def test_nearest_of_embeddings_that_lie_close_together(sellers, tmp_path):
+    """Of a network that has all but collapsed, too: all embeddings within about 0.001."""
+    copy = copy_of(sellers[0], tmp_path / sellers[0].name)
+    state = torch.load(copy / "best.pt", weights_only=True)
+    state["network"]["head.weight"] *= 1e-3 / state["network"]["head.weight"].norm()
+    state["network"]["head.bias"][:] = torch.linspace(-1, 1, 128)
+    torch.save(state, copy / "best.pt")
+    run = ea.load_run(copy, "cpu")
+    photos, replaced = two_views(run)
+    clean, replaced = slow_embeddings(run, photos), slow_embeddings(run, replaced)
+    assert 1e-4 < np.linalg.norm(clean - clean.mean(axis=0), axis=1).max() < 2e-3
+    found = ea.nearest(run, list(range(44)))["replaced"].numpy()
+    assert (found == slow_neighbours(replaced, clean)).mean() > 0.98  # float32 swaps a few
+
+
+CELL = 108  # px, eight a row and gaps of 5
+
+
+def neighbours_picture(file, *runs_and_flags):
+    ea.main([*map(str, runs_and_flags), "--device", "cpu", "--neighbours", str(file)])
+    return np.asarray(Image.open(file))
+
+
+def rows_of(picture):
+    """The rows of a picture of neighbours: (rows, 8, CELL, CELL, 3), without the captions."""
+    assert picture.shape[1] == 900 and picture.shape[0] % (CELL + 5 + 32) == 0
+    rows = picture.reshape(-1, CELL + 5 + 32, 900, 3)[:, :CELL]
+    return np.stack([rows[:, :, k * (CELL + 5):][:, :, :CELL] for k in range(8)], axis=1)
+
+
+def unlike(cell, pixels):
+    """How far a cell is from a picture, its frame and its label apart: mean of |difference|."""
+    picture = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy().squeeze())
+    expected = np.asarray(picture.convert("RGB").resize((CELL, CELL), Image.LANCZOS), float)
+    return np.abs(cell - expected)[40:-5, 5:-5].mean()
+
+
+def frames(row):
+    """The colours of the frames around a row's five neighbours, as #rrggbb; one colour a frame."""
+    colours = []
+    for cell in row[3:]:
+        frame = np.concatenate([cell[0], cell[-1], cell[:, 0], cell[:, -1], cell[4], cell[-5]])
+        colour, = {tuple(pixel) for pixel in frame.tolist()}
+        colours.append("#{:02x}{:02x}{:02x}".format(*colour))
+    return colours
+
+
+def test_neighbours_picture(sellers, slow, tmp_path):
+    """By name: the query, its mask, the query on its new background, and per run its neighbours
+    in their order, in frames that say whether their class is the query's."""
+    names = ["c11/0.png", "c21/3.png", "c19/1.png"]
+    picture = neighbours_picture(tmp_path / "a.png", *sellers, "--images", ",".join(names))
+    rows = rows_of(picture)
+    assert len(rows) == 6
+    run = ea.load_run(sellers[0], "cpu")
+    labels, (photos, replaced) = run.split.labels, two_views(run)
+    colours = set()
+    for n, query in enumerate([0, 43, 33]):
+        assert run.images[query].endswith(names[n])
+        top = rows[2 * n]
+        assert unlike(top[0], photos[query]) < 1
+        assert unlike(top[1], pixels_of(run.split.masks[query], grey=True)) < 1
+        assert unlike(top[2], replaced[query]) < 1
+        assert (rows[2 * n + 1][:3] == 255).all()  # the same query, shown once
+        for folder, row in zip(sellers, rows[2 * n:2 * n + 2]):
+            near = slow[folder]["replaced"][query]
+            expected = ["#009e73" if labels[k] == labels[query] else "#d55e00" for k in near]
+            assert frames(row) == expected
+            colours |= set(expected)
+            for cell, k in zip(row[3:], near):
+                assert unlike(cell, photos[k]) < 1 < unlike(cell, photos[(k + 4) % 44])
+    assert len(colours) == 2  # both occur above
+    assert not list(tmp_path.glob("*.tmp*")) and not list(sellers[0].glob("attention*"))
+
+
+def test_neighbours_of_one_run(sellers, tmp_path):
+    """Either of the two; the rows are those that it has in the picture of both."""
+    both = rows_of(neighbours_picture(tmp_path / "a.png", *sellers, "--images", "3"))
+    for k, folder in enumerate(sellers):
+        alone = rows_of(neighbours_picture(tmp_path / "b.png", folder, "--images", "3"))
+        assert len(both) == 6 and len(alone) == 3
+        np.testing.assert_array_equal(alone[:, :3], both[::2, :3])
+        np.testing.assert_array_equal(alone[:, 3:], both[k::2, 3:])
+
+
+def test_neighbours_take_no_gradients(sellers, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("a gradient")
+
+    monkeypatch.setattr(torch.autograd, "grad", refused)
+    monkeypatch.setattr(torch.Tensor, "backward", refused)
+    monkeypatch.setattr(torch.autograd, "backward", refused)
+    forward, tracked = bgbias.Embedder.forward, []
+
+    def watched(self, x):
+        e = forward(self, x)
+        tracked.append(e.requires_grad)
+        return e
+
+    monkeypatch.setattr(bgbias.Embedder, "forward", watched)
+    neighbours_picture(tmp_path / "a.png", sellers[0], "--images", "1", "--worst")
+    assert tracked and not any(tracked)
+
+
+def test_worst_neighbours_are_misled_by_the_new_background(sellers, slow, tmp_path):
+    """--worst: the base run's nearest is right on the query's own background, wrong on the new."""
+    run = ea.load_run(sellers[0], "cpu")
+    labels, near = np.array(run.split.labels), slow[sellers[0]]
+    right = {condition: labels[near[condition][:, 0]] == labels for condition in near}
+    misled = np.flatnonzero(right["clean"] & ~right["replaced"])
+    assert 2 < len(misled) < 40
+    worst = neighbours_picture(tmp_path / "a.png", *sellers, "--images", "44", "--worst")
+    assert len(rows_of(worst)) == 2 * len(misled)
+    order = [row for row in ea.shuffled(run) if row in misled]
+    names = ["/".join(Path(run.images[row]).parts[-2:]) for row in order]
+    named = neighbours_picture(tmp_path / "b.png", *sellers, "--images", ",".join(names))
+    np.testing.assert_array_equal(rows_of(worst), rows_of(named))
+    captions = [picture.reshape(-1, CELL + 37, 900, 3)[:, CELL:] for picture in (worst, named)]
+    assert (captions[0] != captions[1]).any(axis=(1, 2, 3)).tolist() == [True, False] * len(misled)
+    two = neighbours_picture(tmp_path / "c.png", *sellers, "--images", "2", "--worst")
+    np.testing.assert_array_equal(two, worst[:len(two)])
+    assert len(rows_of(two)) == 4
+
+
+def test_named_neighbours_are_shown_with_worst_too(sellers, tmp_path):
+    """--worst is for queries that nobody names, as with --figure."""
+    flags = [sellers[0], "--images", "c12/0.png,c13/1.png"]
+    plain = neighbours_picture(tmp_path / "a.png", *flags)
+    np.testing.assert_array_equal(neighbours_picture(tmp_path / "b.png", *flags, "--worst"), plain)
+
+
+def test_neighbours_of_a_tiny_gallery(sellers, tmp_path):
+    """Four photos have three neighbours each."""
+    run = ea.load_run(sellers[0], "cpu")
+    four = bgbias.Split(run.split.images[:4], run.split.masks[:4], run.split.labels[:4])
+    run = run._replace(split=four, images=run.images[:4])
+    found = ea.nearest(run, [0, 3])["replaced"]
+    assert [sorted(row) for row in found.tolist()] == [[1, 2, 3], [0, 1, 2]]
+    ea.draw_neighbours({"base": run}, ["2"], tmp_path / "a.png", worst=False)
+    rows = rows_of(np.asarray(Image.open(tmp_path / "a.png")))
+    assert (rows[:, 6:] == 255).all() and (rows[:, 3:6] != 255).any(axis=(2, 3, 4)).all()
+
+
+# --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
 
@@ -635,6 +901,33 @@ def test_error_figure(capsys, runs, tmp_path):
     assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *wanted)
     wanted = ("--figure", tmp_path / "a.png", "--images", "0")
     assert "--images 0: no test image" in error_of(capsys, *runs, *wanted)
+
+
+@pytest.mark.parametrize("flag", ["--neighbours", "--figure"])
+@pytest.mark.parametrize("name", ["a.jpg", "a", "gone/a.png", "photos.png/a.png"])
+def test_error_name_of_a_picture_before_the_work(capsys, runs, tmp_path, monkeypatch, flag, name):
+    def no_work(*args, **kwargs):
+        raise AssertionError("worked in vain")
+
+    monkeypatch.setattr(ea, "network_of", no_work)
+    (tmp_path / "photos.png").touch()
+    line = error_of(capsys, *runs, flag, tmp_path / name)
+    assert f"{tmp_path / name}: give a .png in a folder that exists" in line
+
+
+def test_error_neighbours(capsys, runs, sellers, tmp_path):
+    flags = ("--neighbours", tmp_path / "a.png", "--images")
+    assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *flags, "nothing.jpg")
+    assert "--images 0: no test image" in error_of(capsys, *runs, *flags, "0")
+    assert "--images : no test image" in error_of(capsys, *runs, *flags, "")
+    assert "one base and one BGAugment run" in error_of(capsys, runs[0], sellers[1], *flags, "1")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_figure_and_neighbours_are_two_calls(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        ea.main(["run", "--figure", "a.png", "--neighbours", "b.png"])
+    assert ended.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b"])
