@@ -1574,10 +1574,15 @@ def main(argv=None):
     epochs, seconds = state.epochs, sum(row["seconds"] for row in state.history)
     state.load(run / "best.pt")
     labels = splits["test"].labels
+    try:
+        figures = test(state.network, splits["test"], args)
+    except FloatingPointError as error:
+        raise UserError(f"--backbone {args.backbone}: {error} on the test photos; are its weights, "
+                        "and its std, sound?") from error
     write_json(run / "result.json", {
         "args": vars(args), "epochs": epochs, "best_epoch": state.best_epoch, "seconds": seconds,
         "tested": f"{len(np.unique(labels))} test classes, {len(labels):,} photos",
-        "test": test(state.network, splits["test"], args)})
+        "test": figures})
     print_results(args)
 
 
