@@ -328,7 +328,7 @@ def test_inverted_masks_are_scored_anew(runs, tmp_path):
     after = score_again(run)
     np.testing.assert_allclose(after[:, 1:], 1 - before[:, 1:], atol=1e-3)
     assert (np.abs(after[:7, 0] - before[:7, 0]) > 0.01).all()
-    assert np.isnan(after[:, 0]).tolist() == [False] * 7 + [True, False]  # the empty one is full now
+    assert np.isnan(after[:, 0]).tolist() == [False] * 7 + [True, False]  # the empty one is full
     saved = json.loads((run / "attention.json").read_text())
     assert saved["mean"] == pytest.approx(np.nanmean(after[:, 0])) != pytest.approx(mean)
 
@@ -345,7 +345,7 @@ def test_a_replaced_photo_is_scored_anew(runs, tmp_path):
 
 @pytest.mark.parametrize("argument, value", [("image_size", 20), ("loss", "arcface")])
 def test_scores_are_of_the_arguments_they_follow_from(runs, tmp_path, argument, value):
-    """An untrained run that was tested again with other arguments has the same weights in best.pt."""
+    """An untrained run that is tested again with others has the same weights in best.pt."""
     run = copy_of(runs[0], tmp_path / runs[0].name)
     before, saved = score_again(run), json.loads((run / "config.json").read_text())
     saved["args"][argument] = value
@@ -423,7 +423,8 @@ def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
         assert len(checks) == 9
         assert checks["score"] == f"{values.mean():.3f}"  # 200 images are all of these
         assert checks["mask as map"] == "1.000" and float(checks["its complement"]) < 0
-    assert Image.open(tmp_path / "a.png").size == (900, 2 * (221 + 5))  # 4 cells of 221 px, gaps of 5
+    size = Image.open(tmp_path / "a.png").size
+    assert size == (900, 2 * (221 + 5))  # 4 cells of 221 px, gaps of 5
 
 
 def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
@@ -450,7 +451,7 @@ def test_paper_numbers_stand_beside_ours(runs, tmp_path):
 
 
 def test_which_images_are_drawn(runs, tmp_path):
-    """A figure is the same, byte for byte, as the one of the images that it should show, by name."""
+    """A figure's rows are, pixel by pixel, those of the images that it should show, by name."""
     pair, = ea.pair_up([ea.load_run(folder, "cpu") for folder in runs]).values()
     images, gaps = pair["base"].images, [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
     scores = {runs[0]: {image: (0.0, 0, 0) for image in images},
@@ -531,7 +532,8 @@ def sellers(tmp_path_factory):
         (root / "pool" / part).mkdir(parents=True)
         for i in range(6):
             pixels = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (24, 24, 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"pool/{part}/{i}.png")
+            pixels = pixels.clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"pool/{part}/{i}.png")
     for flags in ([], ["--bgaugment"]):
         bgbias.main(["--dataset", str(root / "shop"), "--backgrounds", str(root / "pool"),
                      "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
@@ -603,8 +605,8 @@ def test_nearest_is_a_double_loop_over_embeddings(sellers, slow):
         for condition, expected in slow[folder].items():
             np.testing.assert_array_equal(found[condition].numpy(), expected)
             assert (found[condition] != torch.arange(44)[:, None]).all()  # never the query itself
-        some = ea.nearest(run, [40, 3, 33])  # in the order that is asked for
-        np.testing.assert_array_equal(some["replaced"].numpy(), slow[folder]["replaced"][[40, 3, 33]])
+        some = ea.nearest(run, [40, 3, 33])["replaced"]  # in the order that is asked for
+        np.testing.assert_array_equal(some.numpy(), slow[folder]["replaced"][[40, 3, 33]])
 
 
 def test_picture_and_table_tell_one_story(sellers, slow):
