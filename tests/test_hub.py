@@ -31,8 +31,8 @@ def net():
 """
 
 # The same network twice: its scaling of the photos told as attributes, and done inside.
-SCALED = HUBCONF + """
-M, S = (0.3, 0.5, 0.7), (0.2, 0.4, 0.1)
+OWN_SCALING = (0.3, 0.5, 0.7), (0.2, 0.4, 0.1)
+SCALED = HUBCONF + f"\nM, S = {OWN_SCALING}" + """
 def told():
     network = net()
     network.mean, network.std = M, S
@@ -337,6 +337,12 @@ def test_mean_and_std_of_its_own(root, embedding):
         told, inside = (found[condition] for found in embeddings)
         torch.testing.assert_close(told, inside, rtol=1e-5, atol=1e-5)
         assert told.std(dim=1).mean() > 0.01
+    if not embedding:
+        mean, std, M, S = (torch.tensor(v)[:, None, None] for v in (MEAN, STD, *OWN_SCALING))
+        x = inputs(root)[0]["clean"] * std + mean  # in [0, 1]
+        with torch.no_grad():
+            expected = F.normalize(network_itself()((x - M) / S), dim=1)
+        torch.testing.assert_close(embeddings[0]["clean"][0], expected, rtol=1e-4, atol=1e-5)
     for condition in ("clean", "replaced", "query"):
         told, inside = (json.dumps(found[condition]) for found in scores)
         assert told == inside
