@@ -777,20 +777,27 @@ class Embedder(nn.Module):
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_TORCHVISION
-        remedy = f"needed: (B, 3, {size}, {size}) -> (B, features), finite; another --image-size?"
+        remedy = (f"needed: (B, 3, {size}, {size}) -> (B, features), finite float32; another "
+                  "--image-size?")
         with torch.no_grad(), explain(f"--backbone {backbone}, --image-size {size}", remedy):
-            if ":" in backbone and hasattr(self.backbone, "mean"):  # not ImageNet's
-                mean = 255 * torch.as_tensor(self.backbone.mean)
-            if ":" in backbone and hasattr(self.backbone, "std"):
-                std = 255 * torch.as_tensor(self.backbone.std)
             output = self.eval().backbone(torch.zeros(2, 3, size, size))
             if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
                 raise ValueError(f"gives {getattr(output, 'shape', type(output))} of 2 images")
+            if output.dtype != torch.float32:
+                raise ValueError(f"gives {output.dtype}")
             if not output.isfinite().all():
                 raise ValueError("gives nan or inf, are the --weights sound?")
+        scaling = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
+        for name in scaling:
+            if ":" in backbone and hasattr(self.backbone, name):  # not ImageNet's
+                with explain(f"--backbone {backbone}: {name}", "needed: 3 numbers in [0, 1]"):
+                    own = torch.as_tensor(getattr(self.backbone, name), dtype=torch.float32)
+                    if own.numel() != 3 or not ((own >= 0) & (own <= 1)).all():
+                        raise ValueError(f"is {own.tolist()}")
+                    scaling[name] = 255 * own.detach()
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", scaling["mean"].view(3, 1, 1), persistent=False)
+        self.register_buffer("std", scaling["std"].view(3, 1, 1), persistent=False)
         self.width = embedding or output.shape[1]
         self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
@@ -1568,10 +1575,15 @@ def main(argv=None):
     epochs, seconds = state.epochs, sum(row["seconds"] for row in state.history)
     state.load(run / "best.pt")
     labels = splits["test"].labels
+    try:
+        figures = test(state.network, splits["test"], args)
+    except FloatingPointError as error:
+        raise UserError(f"--backbone {args.backbone}: {error} on the test photos; are its weights, "
+                        "and its std, sound?") from error
     write_json(run / "result.json", {
         "args": vars(args), "epochs": epochs, "best_epoch": state.best_epoch, "seconds": seconds,
         "tested": f"{len(np.unique(labels))} test classes, {len(labels):,} photos",
-        "test": test(state.network, splits["test"], args)})
+        "test": figures})
     print_results(args)
 
 

@@ -123,7 +123,8 @@ def load_run(folder, device="auto"):
         split = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)["test"]
     except UserError as error:
         raise UserError(f"{folder}: {error} (start where the run was trained)") from error
-    checksum = hashlib.sha256()
+    arguments = args.loss, args.image_size, args.seed, args.backbone
+    checksum = hashlib.sha256(f"{arguments}".encode())
     with explain(folder / "best.pt", "train again"):
         checksum.update((folder / "best.pt").read_bytes())
     for path in (*split.images, *split.masks):
@@ -328,7 +329,7 @@ def draw_attention(pair, scores, wanted, file, *, worst):
     base = pair["base"]
     found = [scores[pair[kind].folder] for kind in KINDS]
     gaps = [found[1][image][0] - found[0][image][0] for image in base.images]
-    if wanted[0].isdigit():
+    if wanted[0].isdecimal():
         rows = [row for row in shuffled(base) if np.isfinite(gaps[row])]
         if worst:
             rows.sort(key=lambda row: -abs(gaps[row]))
@@ -372,9 +373,10 @@ def nearest(run, rows):
     batches = bgbias.test_batches(run.split, run.args, draws=1)
     items = bgbias.loader(batches, run.args, range(batches.items_a_pass))
     embeddings = bgbias.embed(network_of(run), items, run.args.device)
-    gallery, found = embeddings["clean"][0], {}
+    center = embeddings["clean"][0].mean(dim=0)  # as in retrieval_metrics(): more digits are kept
+    gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
-        distances = torch.cdist(queries[rows], gallery)
+        distances = torch.cdist(queries[rows] - center, gallery)
         distances[range(len(rows)), rows] = torch.inf  # a photo is no neighbour of its own
         count = min(NEIGHBOURS, len(gallery) - 1)
         found[condition] = distances.topk(count, largest=False).indices.cpu()
@@ -386,7 +388,9 @@ def draw_neighbours(pair, wanted, file, *, worst):
     row a run of the photos nearest to the latter. Raises UserError."""
     first = next(iter(pair.values()))
     labels, order = torch.as_tensor(first.split.labels), shuffled(first)
-    rows = order[:int(wanted[0])] if wanted[0].isdigit() else named(first, wanted)
+    by_name = not wanted[0].isdecimal()
+    worst = worst and not by_name
+    rows = named(first, wanted) if by_name else order[:int(wanted[0])]
     if worst:
         rows = order[:CANDIDATES]
     found = {kind: nearest(run, rows) for kind, run in pair.items()}
