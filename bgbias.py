@@ -724,8 +724,8 @@ def build_backbone(name, weights):
 
 
 def hub_backbone(name, weights):
-    """REPO:NAME: calls NAME() of the hubconf.py in REPO, a folder or GitHub's owner/repo. Its weights
-    are its own, or with "none" random. Raises UserError."""
+    """REPO:NAME: calls NAME() of the hubconf.py in REPO, a folder or GitHub's owner/repo. With
+    weights "none", its layers (all that PyTorch can reset) become random. Raises UserError."""
     repo, _, entry = name.rpartition(":")
     remedy = "give REPO:NAME, NAME a function in the hubconf.py of the folder or owner/repo REPO"
     with explain(f"--backbone {name}", remedy):
@@ -767,6 +767,18 @@ def load_weights(network, name, weights):
         network.load_state_dict(state)
 
 
+def own_scaling(network, name, default):
+    """The `mean` or `std` that a hub network has as an attribute, for RGB in [0, 1], made to fit
+    pixels in [0, 255]; the default if it has none. Raises UserError."""
+    if not hasattr(network, name):
+        return default
+    with explain(f"--backbone: its network's {name}", "needed: 3 numbers in [0, 1]"):
+        own = torch.as_tensor(getattr(network, name), dtype=torch.float32).detach()
+        if own.numel() != 3 or not ((own >= 0) & (own <= 1)).all():
+            raise ValueError(f"is {own.tolist()}")
+    return 255 * own
+
+
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding), L2 norm: (B, 3, S, S) normalised -> (B, embedding),
     unit length; embedding 0 leaves the linear layer out. Raises UserError for unknown backbones,
@@ -787,17 +799,12 @@ class Embedder(nn.Module):
                 raise ValueError(f"gives {output.dtype}")
             if not output.isfinite().all():
                 raise ValueError("gives nan or inf, are the --weights sound?")
-        scaling = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
-        for name in scaling:
-            if ":" in backbone and hasattr(self.backbone, name):  # not ImageNet's
-                with explain(f"--backbone {backbone}: {name}", "needed: 3 numbers in [0, 1]"):
-                    own = torch.as_tensor(getattr(self.backbone, name), dtype=torch.float32)
-                    if own.numel() != 3 or not ((own >= 0) & (own <= 1)).all():
-                        raise ValueError(f"is {own.tolist()}")
-                    scaling[name] = 255 * own.detach()
+        if ":" in backbone:
+            mean = own_scaling(self.backbone, "mean", mean)
+            std = own_scaling(self.backbone, "std", std)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("mean", scaling["mean"].view(3, 1, 1), persistent=False)
-        self.register_buffer("std", scaling["std"].view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
         self.width = embedding or output.shape[1]
         self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
@@ -1452,6 +1459,8 @@ def parse_args(argv=None):
     pool = Path(known.data, "toy/backgrounds" if toy else "unsplash_backgrounds")
     parser.set_defaults(**DEFAULTS["toy" if toy else "paper"], backgrounds=str(pool),
                         select="replaced" if known.bgaugment else "clean")
+    if ":" in (known.backbone or ""):
+        parser.set_defaults(weights="imagenet")  # its own
     args = parser.parse_args(argv)
     if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)

@@ -419,8 +419,9 @@ def draw_neighbours(pair, wanted, file, *, worst):
                 photo = TF.center_crop(batches.photos[row], batches.size)
                 cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
             clean, new = (int(right[kind][key][q].sum()) for key in ("clean", "replaced"))
-            lines.append((cells, f"{TITLES[kind]}: {new} of 5 right with the background replaced, "
-                                 f"{clean} with its own    {name}"))
+            shown = len(right[kind]["replaced"][q])
+            lines.append((cells, f"{TITLES[kind]}: {new} of {shown} right with the background "
+                                 f"replaced, {clean} with its own    {name}"))
             cells, name = [BLANK] * 3, ""  # the second row shows the same query
     draw_grid(lines, 3 + NEIGHBOURS, file)
 

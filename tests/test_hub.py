@@ -367,7 +367,7 @@ def test_error_mean(root, tmp_path, capsys, mean):
     """Of one channel, say."""
     write_hubconf(tmp_path / "odd", f"{SCALED}\nM = {mean}\n")
     line = failure(capsys, root, f"{AS_IT_IS} --backbone {tmp_path}/odd:told")
-    assert f"--backbone {tmp_path}/odd:told: mean: " in line and "needed: 3 numbers" in line
+    assert "--backbone: its network's mean: " in line and "needed: 3 numbers" in line
 
 
 # ---- Its weights ---------------------------------------------------------------------------------
