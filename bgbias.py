@@ -445,6 +445,7 @@ class Photos(torch.utils.data.Dataset):
                 if free_memory() < LEAVE_FREE:
                     print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay "
                           "decoded, the others are decoded at every use (--workers helps)")
+                    threads.shutdown(cancel_futures=True)  # or they are decoded all the same
                     break
                 self.kept.append(photo)
 
