@@ -1,5 +1,8 @@
 """One geometry for photo and mask, replacement by hand, torchvision on PIL images as referee."""
 
+import io
+import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -58,8 +61,8 @@ def test_decoding_against_torchvision_on_pil(album):
 def test_evaluation_crops_against_torchvision_on_pil(album):
     steps = transforms.Compose(
         [transforms.Resize(45), transforms.CenterCrop(40), transforms.PILToTensor()])
-    photos, _, indices = Batches(photos=Photos(*album, 45), size=40, seed=(0,))[0]
-    assert photos.shape == (len(SIZES), 4, 40, 40) and indices.tolist() == list(range(len(SIZES)))
+    photos, _, labels = evaluation(Photos(*album, 45), labels=[7, 7, 9, 2, 2, 2])[0]
+    assert photos.shape == (len(SIZES), 4, 40, 40) and labels.tolist() == [7, 7, 9, 2, 2, 2]
     for path, photo in zip(album[0], photos, strict=True):
         assert (photo[:3].int() - steps(Image.open(path)).int()).abs().max() <= 1
         assert torch.equal(photo[3], photo[1])  # the mask is the green channel
@@ -103,23 +106,27 @@ def test_half_of_the_views_are_flipped():
     assert 160 < flipped < 240  # 200 +- 10
 
 
-def test_a_photo_is_decoded_once(album, monkeypatch):
-    """But for a few, at most 17, from which it is estimated whether all fit in memory."""
-    decoded, open_rgb = Counter(), bgbias.open_rgb
-    monkeypatch.setattr(bgbias, "open_rgb", lambda path: decoded.update([path]) or open_rgb(path))
+@pytest.fixture
+def decoded(monkeypatch):
+    """Grows by the path of every photo and mask that is opened."""
+    opened = []
+    for name in ("open_rgb", "open_mask"):
+        real = getattr(bgbias, name)
+        monkeypatch.setattr(bgbias, name, lambda path, real=real: opened.append(path) or real(path))
+    return opened
+
+
+def test_a_photo_is_decoded_once(album, decoded):
     photos = Photos(album[0] * 20, album[1] * 20, 45)
-    assert len(photos) == 120 and decoded.keys() == set(album[0] + album[1])
-    before = decoded.total()
-    assert 2 * 120 < before <= 2 * (120 + 17)
+    assert len(photos) == 120 and Counter(decoded) == dict.fromkeys(album[0] + album[1], 20)
+    decoded.clear()
     for i in [0, 1, 0, 5, 119, 0]:
         photos[i]
-    assert decoded.total() == before
+    assert not decoded
 
 
-def test_photos_that_are_not_to_be_kept_are_decoded_at_every_use(album, monkeypatch, capsys):
-    """As in the test, which uses each once; so nothing is estimated and nothing said."""
-    decoded, open_rgb = [], bgbias.open_rgb
-    monkeypatch.setattr(bgbias, "open_rgb", lambda path: decoded.append(path) or open_rgb(path))
+def test_photos_that_are_not_to_be_kept_are_decoded_at_every_use(album, decoded, capsys):
+    """As in the test, which uses each once; nothing is said about memory then."""
     photos = Photos(*album, 45, keep=False)
     assert not decoded
     for i in [0, 1, 0]:
@@ -128,27 +135,59 @@ def test_photos_that_are_not_to_be_kept_are_decoded_at_every_use(album, monkeypa
     assert capsys.readouterr().out == ""
 
 
-def test_streaming_says_so_and_gives_the_same(album, monkeypatch, capsys):
+def test_as_many_photos_are_kept_as_memory_has_room_for(album, decoded, monkeypatch, capsys):
+    """The others give the same, but are decoded at every use, and one line says so."""
     kept = Photos(*album, 45)
-    assert kept.kept is not None and capsys.readouterr().out == ""
-    monkeypatch.setattr(bgbias, "free_memory", lambda: 20_000)
-    streamed = Photos(*album, 45)
+    assert len(kept.kept) == 6 and capsys.readouterr().out == ""
+    free = iter([0.9, 0.5, 0.21, 0.2, 0.19, 0.5, 0.5])  # a fifth is left to others
+    monkeypatch.setattr(bgbias, "free_memory", lambda: next(free))
+    partly = Photos(*album, 45)
     said = capsys.readouterr().out
-    assert streamed.kept is None
-    assert "6 photos, 0.0 GiB decoded, do not fit" in said and "at every use" in said
-    assert all(torch.equal(kept[i], streamed[i]) for i in range(len(SIZES)))
+    assert len(partly) == 6 and len(partly.kept) == 4
+    assert said.startswith("memory is short: 4 of 6 photos stay decoded, ") and said.count("\n") == 1
+    decoded.clear()
+    assert all(torch.equal(kept[i], partly[i]) for i in range(6))
+    assert decoded == [files[i] for i in (4, 5) for files in album]
 
 
-def test_how_much_fits(album, monkeypatch):
-    """Four fifths of the free memory may be taken. Of so few photos, all are looked at."""
-    needed = sum(photo.nbytes for photo in Photos(*album, 45))
-    for free, fits in ((needed / 0.8 + 2, True), (needed / 0.8 - 2, False)):
-        monkeypatch.setattr(bgbias, "free_memory", lambda: free)
-        assert (Photos(*album, 45).kept is not None) == fits
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_free_memory_is_some_of_the_machines():
-    assert 2**20 < bgbias.free_memory() < 2**50
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_nothing_is_decoded_ahead_when_memory_is_short(album, monkeypatch, stderr):
+    """Or the photos that wait to be taken would fill it. With a progress bar and without."""
+    opened, real = [], bgbias.open_rgb
+
+    def slow(path):
+        opened.append(path)
+        time.sleep(0.01)
+        return real(path)
+
+    monkeypatch.setattr(bgbias, "open_rgb", slow)
+    monkeypatch.setattr(bgbias, "free_memory", lambda: 0.0)
+    monkeypatch.setattr(sys, "stderr", stderr())
+    assert Photos(album[0] * 100, None, 45).kept == []
+    assert len(opened) < 600
+
+
+def test_free_memory_is_a_share_of_the_machines():
+    assert 0 < bgbias.free_memory() <= 1
+
+
+@pytest.mark.parametrize("content, share", [
+    ("MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n", 0.25),
+    ("MemTotal:  8000 kB\nMemFree:  100 kB\n", 1), (None, 1)])
+def test_free_memory_by_hand(monkeypatch, content, share):
+    """Where nobody says how much is available, photos are kept."""
+    def read_text(path):
+        if content is None:
+            raise FileNotFoundError(path)
+        return content
+
+    monkeypatch.setattr(bgbias.Path, "read_text", read_text)
+    assert bgbias.free_memory() == share
 
 
 def test_kinds_of_image_files(tmp_path):
@@ -176,6 +215,50 @@ def test_errors_name_the_file(album):
         Photos(*album, 45)
 
 
+def save_mask(path, kind):
+    """A file in the place of a mask of 90 x 60 px, of that kind."""
+    soft = np.tile(np.arange(90, dtype=np.uint8) * 2, (60, 1))
+    grey = Image.fromarray(soft)
+    made = {"1-bit": lambda: grey.convert("1"), "grey RGB": lambda: grey.convert("RGB"),
+            "black": lambda: Image.fromarray(0 * soft), "white": lambda: Image.fromarray(0 * soft + 255),
+            "values 0 and 1": lambda: Image.fromarray(soft // 100),
+            "alpha": lambda: Image.merge("LA", (grey, grey)),
+            "RGBA": lambda: grey.convert("RGBA"), "palette": lambda: grey.quantize(4),
+            "coloured": lambda: Image.merge("RGB", (grey, grey, Image.fromarray(255 - soft))),
+            "16 bits": lambda: Image.fromarray(soft.astype(np.uint16) * 257)}
+    if kind == "float":  # which PNG has not
+        Image.fromarray(soft / np.float32(178)).save(path, "TIFF")
+    elif kind == "no image":
+        path.write_bytes(b"no image")
+    else:
+        made[kind]().save(path, "PNG")
+
+
+@pytest.mark.parametrize("keep", [True, False])  # as in training, as in the test
+@pytest.mark.parametrize("kind", ["values 0 and 1", "alpha", "RGBA", "palette", "coloured", "16 bits",
+                                  "float", "no image"])
+def test_what_is_no_mask_is_refused_by_its_path(album, kind, keep):
+    save_mask(album[1][0], kind)
+    with pytest.raises(UserError) as refused:
+        Photos(*album, 45, keep=keep)[0]
+    assert str(refused.value).startswith(f"{album[1][0]}: ")
+    assert str(refused.value).endswith("; delete it and run masks.py, or save 8-bit greyscale, "
+                                       "255 = foreground")
+
+
+@pytest.mark.parametrize("kind, expected", [
+    ("1-bit", None), ("grey RGB", 2 * np.arange(90)), ("black", np.zeros(90)), ("white", np.full(90, 255))])
+def test_other_files_that_are_masks(album, kind, expected):
+    save_mask(album[1][0], kind)
+    mask = np.asarray(bgbias.open_mask(album[1][0]))
+    assert mask.shape == (60, 90) and mask.dtype == np.uint8
+    if kind == "1-bit":
+        assert set(mask.flatten()) == {0, 255} and mask[:, :10].mean() < 30 < 150 < mask[:, 80:].mean()
+    else:
+        assert (mask == expected).all()
+    assert Photos(*album, 45)[0].shape == (4, 45, 67)
+
+
 # Backgrounds of one colour each tell which of the pool was drawn.
 POOL = [torch.full((3, 50 + i, 60), 20 * i, dtype=torch.uint8) for i in range(12)]
 
@@ -191,11 +274,15 @@ class Listed:
 
 
 def training(photos, *lists, pool=POOL, draws=2, seed=(1, 2)):
-    return Batches(photos=photos, size=40, seed=seed, sampler=Listed(*lists), pool=pool, draws=draws)
+    """The label of a photo is its index."""
+    return Batches(photos=photos, labels=range(len(photos)), size=40, seed=seed, pool=pool,
+                   draws=draws, sampler=Listed(*lists))
 
 
-def evaluation(photos, pool=POOL, draws=2, seed=(1, 2)):
-    return Batches(photos=photos, size=40, seed=seed, pool=pool, draws=draws)
+def evaluation(photos, labels=None, pool=POOL, draws=2, seed=(1, 2)):
+    """The label of a photo is its index, if none are given."""
+    return Batches(photos=photos, labels=labels or range(len(photos)), size=40, seed=seed, pool=pool,
+                   draws=draws)
 
 
 def same(a, b):
@@ -207,9 +294,9 @@ def test_training_batches_hold_the_photos_of_the_sampler():
     photos = [torch.full((4, 50, 60 + i), 10 * i, dtype=torch.uint8) for i in range(6)]
     batches = training(photos, [0, 3], [5, 1, 1])
     for n, rows in enumerate([[0, 3], [5, 1, 1]]):
-        found, backgrounds, indices = batches[n]
-        assert indices.tolist() == rows
-        assert torch.equal(found, 10 * indices.byte()[:, None, None, None].expand(-1, 4, 40, 40))
+        found, backgrounds, labels = batches[n]
+        assert labels.tolist() == rows
+        assert torch.equal(found, 10 * labels.byte()[:, None, None, None].expand(-1, 4, 40, 40))
         assert backgrounds.shape == (2, len(rows), 3, 40, 40)
         assert found.dtype == backgrounds.dtype == torch.uint8
 
@@ -226,9 +313,11 @@ def test_the_sampler_is_asked_for_batch_n_of_this_seed():
     labels = np.repeat(range(5), 4)
     photos = [torch.zeros(4, 40, 40, dtype=torch.uint8)] * len(labels)
     sampler = MPerClassSampler(labels, 2, 8)
-    batches = Batches(photos=photos, size=40, seed=(3, 1), sampler=sampler)
+    batches = Batches(photos=photos, labels=labels, size=40, seed=(3, 1), pool=[], draws=0,
+                      sampler=sampler)
     asked = [sampler.batch((3, 1, n)) for n in range(6)]
-    assert [batches[n][2].tolist() for n in range(6)] == asked
+    assert [[index for index, _ in batches.plan(n)] for n in range(6)] == asked
+    assert [batches[n][2].tolist() for n in range(6)] == labels[asked].tolist()
     assert len(set(map(str, asked))) == 6
 
 
@@ -260,8 +349,8 @@ def test_replacing_backgrounds_changes_nothing_else(album):
     for make in (lambda draws: training(photos, [0, 3, 3, 5], draws=draws),
                  lambda draws: evaluation(photos, draws=draws)):
         items = [make(draws)[0] for draws in (0, 1, 3)]
-        for found, backgrounds, indices in items:
-            assert torch.equal(found, items[0][0]) and torch.equal(indices, items[0][2])
+        for found, backgrounds, labels in items:
+            assert torch.equal(found, items[0][0]) and torch.equal(labels, items[0][2])
             assert torch.equal(backgrounds, items[2][1][:len(backgrounds)])
 
 
@@ -281,14 +370,14 @@ def test_training_batches_are_a_function_of_seed_and_number(album):
 
 
 def epochs(batches, numbers, workers=0):
-    """[(photos, backgrounds, indices)], whole epochs, whatever the size of the items."""
+    """[(photos, backgrounds, labels)], whole epochs, whatever the size of the items."""
     args, whole = SimpleNamespace(workers=workers, device="cpu"), batches.items_a_pass
     items = range(numbers.start * whole, numbers.stop * whole)
     items = list(loader(batches, args, items))
     passes = []
     for first in range(0, len(items), whole):
-        photos, backgrounds, indices = zip(*items[first:first + whole])
-        passes.append((torch.cat(photos), torch.cat(backgrounds, dim=1), torch.cat(indices)))
+        photos, backgrounds, labels = zip(*items[first:first + whole])
+        passes.append((torch.cat(photos), torch.cat(backgrounds, dim=1), torch.cat(labels)))
     return passes
 
 
