@@ -1250,12 +1250,12 @@ def read_result(run):
             scores = saved["test"].get(condition)
             if scores:
                 mean, std = scores.get("mean", scores)[metric], scores.get("std", {}).get(metric, 0)
-                if not 0 <= mean <= 1:
-                    raise ValueError(f"its {heading} is {mean}")
+                if not (0 <= mean <= 1 and 0 <= std <= 1):
+                    raise ValueError(f"its {heading} is {mean} ± {std}")
                 figures[heading] = 100 * mean, 100 * std
         figures["clean"], figures["replaced"]  # a KeyError if one lacks
         loss = args.loss if args.epochs else "untrained"
-        result = Result(dataset_name(args.dataset), saved["tested"], loss, kind, figures,
+        result = Result(dataset_name(args.dataset), str(saved["tested"]), loss, kind, figures,
                         " ".join(args.unusual))
     with contextlib.suppress(Exception):  # damaged, or none yet: the row has no attention then
         attention = json.loads((run / "attention.json").read_text())
@@ -1374,7 +1374,11 @@ def print_results(args):
     for folder in (run_folder(args, kind) for kind in KINDS):
         if not (folder / "result.json").exists():
             continue
-        result = read_result(folder)
+        try:
+            result = read_result(folder)
+        except UserError as error:  # of the sibling
+            print(error)
+            continue
         if (result.tested, result.unusual) == (this.tested, this.unusual):
             results.append(result)
         else:
@@ -1390,7 +1394,7 @@ def print_results(args):
         clean, replaced, background = (
             result.figures[heading][0] for heading in ("clean", "replaced", "background only"))
         print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
-              f"{100 * max(0, 1 - replaced / max(clean, 1e-9)):.0f} % of its MAP@R; on backgrounds "
+              f"{100 * max(0, clean - replaced) / max(clean, 1e-9):.0f} % of its MAP@R; on backgrounds "
               f"alone it still reaches {background:.1f} %.")
     print(f"all metrics: {run / 'result.json'}")
 
