@@ -14,6 +14,9 @@ from bgbias import BAR, PAPER, UserError
 from conftest import ROOT
 
 
+TESTED = "100 test classes, 5,924 photos"
+
+
 def metrics(value, ks=(1, 2, 4, 8)):
     return {"map@r": value, "r_precision": value + 0.02,
             **{f"recall@{k}": value + 0.01 * min(k, 10) for k in ks}}
@@ -23,7 +26,7 @@ def drawn(value, std):
     return {"mean": metrics(value), "std": metrics(std), "draws": [metrics(value)] * 5}
 
 
-def make_run(root, name, clean, replaced, std=0.001, flags=""):
+def make_run(root, name, clean, replaced, std=0.001, flags="", tested=TESTED):
     """A finished run's files; its name is DATASET-LOSS-KIND-sSEED, DATASET may be a path."""
     dataset, loss, kind, seed = name.rsplit("-", 3)
     argv = ["--dataset", dataset, "--loss", loss, "--seed", seed[1:], *flags.split()]
@@ -31,7 +34,8 @@ def make_run(root, name, clean, replaced, std=0.001, flags=""):
     test = {"clean": metrics(clean), "replaced": drawn(replaced, std),
             "query": drawn(0.12346, 0.0022), "object_only": metrics(0.2),
             "background_only": metrics(0.03)}
-    result = {"args": vars(args), "epochs": 7, "best_epoch": 3, "seconds": 9.5, "test": test}
+    result = {"args": vars(args), "epochs": 7, "best_epoch": 3, "seconds": 9.5, "test": test,
+              "tested": tested}
     run = root / (name if "/" not in dataset else bgbias.run_folder(args, kind).name)
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"args": vars(args)}))
@@ -49,38 +53,37 @@ def report(root, capsys):
     bgbias.main(["--report", str(root)])
     output = capsys.readouterr()
     assert output.err == ""
-    return output.out, (root / "report.md").read_text()
+    return output.out, (root / "report.md").read_text("utf-8")
 
 
-def read_markdown(markdown, dataset):
-    """{row's name: {heading: cell}} of the dataset's table."""
-    section = f"\n{markdown}".split(f"\n## {dataset}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    headings, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
-    return {row[0]: {h: cell for h, cell in zip(headings, row) if h and cell} for row in rows}
+def tables(text, dataset, tested=TESTED):
+    """The Markdown tables below the heading of a dataset, as lists of lines."""
+    section = f"\n{text}".split(f"\n## {dataset}: {tested}\n\n")[1].split("\n## ")[0]
+    blocks = [block.splitlines() for block in section.split("\n\n")]
+    return [lines for lines in blocks if lines[0].startswith("|")]
 
 
-def read_text(text):
-    """The same of a table as a terminal shows it, in blocks; a bar keeps the blanks before it."""
+def cells_of(blocks):
+    """{row's name: {heading: cell}} of tables that are parts of one; a bar keeps its blanks."""
     found = defaultdict(dict)
-    for block in text.split("\n\n"):
-        head, *lines = block.splitlines()
-        headings = list(re.finditer(rf"{BAR}|\S+( \S+)*", head))
-        for line in lines:
-            name = re.match(r"\S+( \S+)*", line)
-            start = name.end()
-            for heading in headings:
-                cell = line.ljust(heading.end())[start:heading.end()]
-                start = heading.end()
+    for lines in blocks:
+        assert len(set(map(len, lines))) == 1  # they are aligned
+        headings, rule, *rows = [[cell[1:-1] for cell in line[1:-1].split("|")] for line in lines]
+        assert rule == ["-" * len(heading) for heading in headings]
+        for row in rows:
+            for heading, cell in zip(headings[1:], row[1:], strict=True):
+                heading = heading.strip()
                 if cell.strip():
-                    found[name[0]][heading[0]] = cell[-24:] if heading[0] == BAR else cell.strip()
+                    found[row[0].strip()][heading] = cell if heading == BAR else cell.strip()
     return dict(found)
 
 
-def paragraph(text, start):
-    """The paragraphs of one table: from the line `start` to the next that is not aligned."""
-    lines = text[text.index(f"\n{start}\n") + len(start) + 2:]
-    return re.split(r"\n\n(?=\S)", lines)[0]
+def read_table(text, dataset, tested=TESTED):
+    return cells_of(tables(text, dataset, tested))
+
+
+def squeezed(text):
+    return re.sub("--+", "---", re.sub(" +", " ", text))
 
 
 # ---- The paper's ---------------------------------------------------------------------------------
@@ -131,16 +134,16 @@ def test_papers_figures():
 # ---- Tables --------------------------------------------------------------------------------------
 
 EXPECTED = """
-|  | seeds | clean | paper: clean | clean - paper \
+| | seeds | clean | paper: clean | clean - paper \
 | replaced | ± draws | paper: replaced | replaced - paper \
-| query | object only | background only | R@1 clean | R@1 replaced | paper: attention |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| query | object only | background only | R@1 clean | R@1 replaced | paper: attention | ○ replaced ━ clean ● |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | triplet | 3 | 18.00 ± 1.00 | 18.29 | -0.29 \
 | 11.00 ± 2.00 | 0.20 | 10.94 ± 0.05 | +0.06 \
-| 12.35 ± 0.00 | 20.00 ± 0.00 | 3.00 ± 0.00 | 19.00 ± 1.00 | 12.00 ± 2.00 | 0.24 ± 0.08 |
+| 12.35 ± 0.00 | 20.00 ± 0.00 | 3.00 ± 0.00 | 19.00 ± 1.00 | 12.00 ± 2.00 | 0.24 ± 0.08 | ○━━━━━━━● |
 | triplet + BGAugment * | 1 | 18.57 | 18.56 | +0.01 \
 | 15.00 | 0.10 | 15.33 ± 0.16 | -0.33 \
-| 12.35 | 20.00 | 3.00 | 19.57 | 16.00 | 0.33 ± 0.09 |
+| 12.35 | 20.00 | 3.00 | 19.57 | 16.00 | 0.33 ± 0.09 | ○━━━● |
 """.strip()
 
 
@@ -154,11 +157,13 @@ def make_triplets(root):
 def test_both_spreads_differences_and_marks(tmp_path, capsys):
     make_triplets(tmp_path)
     text, markdown = report(tmp_path, capsys)
-    assert f"\n## cub200\n\n{EXPECTED}\n\n" in markdown
-    flags = f"- {tmp_path}/cub200-triplet-bgaugment-s42: --lr 1e-05"
-    title = "Other settings than the paper's (of toy and folders: than the defaults):"
-    assert markdown.endswith(f"\n\n\\* {title}\n\n{flags}\n")
-    assert text.endswith(f"\n\n* {title}\n{flags}\n")
+    assert f"\n## cub200: {TESTED}\n\n{EXPECTED}\n\n" in squeezed(markdown)
+    # The largest figure, 18.57, is at 23: 11 at 13.6 and 18 at 22.3, 15 at 18.6.
+    assert [cells[BAR] for cells in read_table(markdown, "cub200").values()] == [
+        14 * " " + "○━━━━━━━● ", 19 * " " + "○━━━●"]
+    for output in (text, markdown):
+        assert output.endswith(f"\n\n- * {tmp_path}/cub200-triplet-bgaugment-s42: --lr 1e-05\n")
+        assert "*: other settings than the paper's" in output
 
 
 def test_only_what_was_run_has_a_row(tmp_path, capsys):
@@ -168,8 +173,13 @@ def test_only_what_was_run_has_a_row(tmp_path, capsys):
                 "multi_similarity + BGAugment, arcface, arcface + BGAugment, normalized_softmax, "
                 "normalized_softmax + BGAugment\n") in output
         assert "\nnot run at all: cars196, sop\n" in output
-    assert list(read_markdown(output, "cub200")) == ["triplet", "triplet + BGAugment *"]
-    assert output.count("\n## ") == 1
+        assert list(read_table(output, "cub200")) == ["triplet", "triplet + BGAugment *"]
+        assert output.count("\n## ") == 1
+
+
+def headings(text):
+    """The datasets that have a table."""
+    return re.findall(f"\n## (.*): {TESTED}\n", text)
 
 
 def test_everything_run_lacks_nothing(tmp_path, capsys):
@@ -178,46 +188,55 @@ def test_everything_run_lacks_nothing(tmp_path, capsys):
             for kind in bgbias.KINDS:
                 make_run(tmp_path, f"{dataset}-{loss}-{kind}-s42", 0.2, 0.1)
     for output in report(tmp_path, capsys):
-        assert "not run" not in output and "*" not in output and "Left out" not in output
-    assert re.findall("\n## (.*)", output) == ["cars196", "cub200", "sop"]
-    for dataset in PAPER:
-        assert len(read_markdown(output, dataset)) == 10
+        assert "not run" not in output and " * " not in output and "left out" not in output
+        assert headings(output) == ["cars196", "cub200", "sop"]
+        for dataset in PAPER:
+            assert len(read_table(output, dataset)) == 10
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120, 1000])
 def test_the_terminal_shows_what_the_markdown_has(tmp_path, capsys, monkeypatch, columns):
-    """Every cell of it, in blocks that fit, and a bar."""
+    """Every cell of it, in blocks that fit."""
     make_triplets(tmp_path)
     make_attention(tmp_path / "cub200-triplet-bgaugment-s42", 0.4, 0.12)
     make_run(tmp_path, "cub200-multi_similarity-bgaugment-s42", 0.2, 0.3, flags="--lr 2")
     make_run(tmp_path, "photos-arcface-base-s42", 0.2, 0.3)
     monkeypatch.setenv("COLUMNS", str(columns))
     text, markdown = report(tmp_path, capsys)
-    for dataset in ("cub200", "photos"):
-        table = paragraph(text, dataset)
-        widest = len("multi_similarity + BGAugment *") + 2 + 24 if dataset == "cub200" else 7 + 2 + 24
-        assert max(map(len, table.splitlines())) <= max(columns, widest)
-        assert (table.count("\n\n") == 0) == (columns == 1000)
-        shown = read_text(table)
-        bars = [cells.pop(BAR) for cells in shown.values()]
-        assert shown == read_markdown(markdown, dataset)
-        assert all("○" in bar and "●" in bar for bar in bars)
+    for dataset, first in (("cub200", "multi_similarity + BGAugment *"), ("photos", "arcface")):
+        blocks, widest = tables(text, dataset), len(first) + 4 + 24 + 3  # the bar beside the names
+        assert max(len(line) for lines in blocks for line in lines) <= max(columns, widest)
+        assert (len(blocks) == 1) == (columns == 1000) and len(tables(markdown, dataset)) == 1
+        shown = cells_of(blocks)
+        assert shown == read_table(markdown, dataset)
+        assert all("○" in cells[BAR] and "●" in cells[BAR] for cells in shown.values())
 
 
-def test_columns_are_aligned_and_fit(monkeypatch):
-    lines = [["", "a", "bc", "long heading"], ["first", "1", "2.00", "3"], ["x", "10", "", "4.00"]]
-    monkeypatch.setenv("COLUMNS", "80")
-    assert bgbias.as_text(lines) == ("        a    bc  long heading\n"
-                                     "first   1  2.00             3\n"
-                                     "x      10                4.00")
-    monkeypatch.setenv("COLUMNS", "28")  # one less than that
-    blocks = ("        a    bc\nfirst   1  2.00\nx      10\n\n"
-              "       long heading\nfirst             3\nx              4.00")
-    assert bgbias.as_text(lines) == blocks
-    monkeypatch.setenv("COLUMNS", "15")  # too narrow for the last column: it is shown all the same
-    assert bgbias.as_text(lines) == blocks
-    monkeypatch.setenv("COLUMNS", "14")
-    assert len(bgbias.as_text(lines).split("\n\n")) == 3
+def test_columns_are_aligned_and_fit():
+    rows = [{"": "first", "a": "1", "bc": "2.00", "long heading": "3"},
+            {"": "x", "a": "10", "long heading": "4.00"}]
+    whole = ("|       |  a |   bc | long heading |\n"
+             "| ----- | -- | ---- | ------------ |\n"
+             "| first |  1 | 2.00 |            3 |\n"
+             "| x     | 10 |      |         4.00 |")
+    assert bgbias.as_table(rows) == whole == bgbias.as_table(rows, room=36)
+    blocks = ("|       |  a |   bc |\n"
+              "| ----- | -- | ---- |\n"
+              "| first |  1 | 2.00 |\n"
+              "| x     | 10 |      |\n\n"
+              "|       | long heading |\n"
+              "| ----- | ------------ |\n"
+              "| first |            3 |\n"
+              "| x     |         4.00 |")
+    assert bgbias.as_table(rows, room=35) == blocks
+    assert bgbias.as_table(rows, room=21) == blocks  # too narrow for the last: it is shown all the same
+    assert len(bgbias.as_table(rows, room=20).split("\n\n")) == 3
+
+
+def test_wanted_columns_in_the_order_of_the_wish():
+    rows = [{"": "first", "a": "1"}, {"": "x", "b": "22"}]
+    assert bgbias.as_table(rows, ["", "b", "c", "a"]) == (
+        "|       |  b | a |\n| ----- | -- | - |\n| first |    | 1 |\n| x     | 22 |   |")
 
 
 def test_bars():
@@ -241,25 +260,30 @@ def test_bars_are_in_the_printed_table(tmp_path, capsys):
     make_run(tmp_path, "toy-contrastive-base-s42", 0.25, 0.10)
     make_run(tmp_path, "toy-contrastive-bgaugment-s42", 0.15, 0.20)
     text, _ = report(tmp_path, capsys)
-    lines = text.splitlines()
-    assert [line for line in lines if line.endswith("  ○━━━━━━━━━━━━━●")]
-    assert [line for line in lines if line.endswith("●━━━○")]
+    assert [cells[BAR] for cells in read_table(text, "toy").values()] == [
+        "         ○━━━━━━━━━━━━━●", "              ●━━━○     "]
 
 
 # ---- What a run prints at its end ----------------------------------------------------------------
 
 
 def end_of_run(root, flags, capsys):
-    """The table and the lines below it."""
+    """What comes before, the cells of the table, and the lines below it."""
     bgbias.print_results(bgbias.parse_args(["--runs", str(root), *flags.split()]))
-    before, table = capsys.readouterr().out.split("\ntest MAP@R, %\n")
+    before, table = capsys.readouterr().out.split("\ntest MAP@R, %: ")
     lines = table.splitlines()
-    rows = next(i for i, line in enumerate(lines) if line.startswith(("not to be", "With", "all")))
-    return before, read_text("\n".join(lines[:rows])), lines[rows:]
+    end = [line.startswith("|") for line in lines].index(False, 1)
+    assert lines[0] == TESTED
+    return before, cells_of([lines[1:end]]), lines[end:]
+
+
+def sentence(name, lost, background="3.0"):
+    return (f"With other backgrounds {name} loses {lost} % of its MAP@R; on backgrounds alone it still "
+            f"reaches {background} %.")
 
 
 def test_end_of_a_run_beside_its_sibling(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "130")
     run = make_run(tmp_path, "cub200-triplet-base-s42", 0.25, 0.10)
     make_run(tmp_path, "cub200-triplet-bgaugment-s42", 0.20, 0.15)
     make_run(tmp_path, "cub200-triplet-base-s43", 0.01, 0.01)
@@ -269,8 +293,7 @@ def test_end_of_a_run_beside_its_sibling(tmp_path, capsys, monkeypatch):
         "triplet": {"clean": "25.00", "replaced": "10.00", **others, BAR: "         ○━━━━━━━━━━━━━●"},
         "triplet + BGAugment": {"clean": "20.00", "replaced": "15.00", **others,
                                 BAR: "              ○━━━●     "}}
-    assert lines == ["With other backgrounds triplet loses 60 % of its MAP@R.",
-                     "With other backgrounds triplet + BGAugment loses 25 % of its MAP@R.",
+    assert lines == [sentence("triplet", 60), sentence("triplet + BGAugment", 25),
                      f"all metrics: {run}/result.json"]
 
 
@@ -278,22 +301,54 @@ def test_end_of_a_run_without_a_sibling(tmp_path, capsys):
     run = make_run(tmp_path, "toy-arcface-bgaugment-s7", 0.0, 0.0)
     before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --seed 7", capsys)
     assert before == "" and list(table) == ["arcface + BGAugment"]
-    assert lines == [f"all metrics: {run}/result.json"]  # of nothing, no share is lost
+    assert lines == [sentence("arcface + BGAugment", 0),  # of nothing, no share is lost
+                     f"all metrics: {run}/result.json"]
 
 
 def test_end_of_a_run_that_loses_nothing(tmp_path, capsys):
     run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.3)
     _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
     assert (table["arcface"]["clean"], table["arcface"]["replaced"]) == ("20.00", "30.00")
-    assert lines == [f"all metrics: {run}/result.json"]
+    assert lines == [sentence("arcface", 0), f"all metrics: {run}/result.json"]
 
 
-def test_end_of_a_run_beside_another_kind_of_run(tmp_path, capsys):
-    make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
-    make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags="--lr 1")
-    _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
-    assert list(table) == ["arcface", "arcface + BGAugment *"]
-    assert lines[0] == "not to be compared: one has the defaults, the other --lr 1.0"
+@pytest.mark.parametrize("flags, tested, what", [
+    ("--lr 1", TESTED, f"{TESTED}, --lr 1.0"), ("", "9 test classes, 30 photos", "9 test classes, 30 photos, "
+                                                "the defaults")])
+def test_only_comparable_siblings_are_beside_a_run(tmp_path, capsys, flags, tested, what):
+    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
+    other = make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags=flags, tested=tested)
+    before, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
+    assert before == f"{other}: not comparable, {what}\n" and list(table) == ["arcface"]
+    assert lines == [sentence("arcface", 50), f"all metrics: {run}/result.json"]
+
+
+def test_end_of_an_unusual_run(tmp_path, capsys):
+    """Its flags stand under the table once, also if it stands beside another like it."""
+    for kind in bgbias.KINDS:
+        run = make_run(tmp_path, f"toy-arcface-{kind}-s42", 0.2, 0.1, flags="--lr 1")
+    before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --lr 1", capsys)
+    assert before == "" and list(table) == ["arcface *", "arcface + BGAugment *"]
+    assert lines == ["* --lr 1.0", sentence("arcface", 50), sentence("arcface + BGAugment", 50),
+                     f"all metrics: {run}/result.json"]
+
+
+def test_a_damaged_sibling_is_named_and_left_out(tmp_path, capsys):
+    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
+    other = damage(make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1), "cut")
+    before, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
+    assert before.startswith(f"{other}: ") and before.endswith("; not a result, left out\n")
+    assert list(table) == ["arcface"] and lines[-1] == f"all metrics: {run}/result.json"
+
+
+def test_end_of_a_test_of_the_untrained_network(tmp_path, capsys):
+    make_run(tmp_path, "toy-contrastive-base-s42", 0.5, 0.4)  # has another row, of another run
+    args = ["toy-arcface-base-s42", 0.2, 0.1]
+    run = make_run(tmp_path, *args, flags="--epochs 0").rename(tmp_path / "toy-untrained-base-s42")
+    before, table, lines = end_of_run(tmp_path, "--loss arcface --epochs 0", capsys)
+    assert before == "" and list(table) == ["the network as it is *"]
+    assert lines == ["* --epochs 0", sentence("the network as it is", 50), f"all metrics: {run}/result.json"]
+    assert list(read_table(report(tmp_path, capsys)[1], "toy")) == ["contrastive", "the network as it is *"]
 
 
 # ---- What a table has, by dataset ----------------------------------------------------------------
@@ -304,7 +359,7 @@ def test_sop_has_its_own_k(tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     result["test"]["clean"] = metrics(0.3, (1, 10, 100, 1000))
     (run / "result.json").write_text(json.dumps(result))
-    row = read_markdown(report(tmp_path, capsys)[1], "sop")["triplet"]
+    row = read_table(report(tmp_path, capsys)[1], "sop")["triplet"]
     assert (row["R@1 clean"], row["clean - paper"]) == ("31.00", "-6.71")
 
 
@@ -312,11 +367,11 @@ def test_toy_and_own_folders_have_no_paper(tmp_path, capsys):
     make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
     make_run(tmp_path, "photos-triplet-base-s42", 0.5, 0.3)
     text, markdown = report(tmp_path, capsys)
-    assert re.findall("\n## (.*)", markdown) == ["photos", "toy"]
+    assert headings(markdown) == ["photos", "toy"]
     for dataset, clean in (("toy", "40.00"), ("photos", "50.00")):
-        row = read_markdown(markdown, dataset)["triplet"]
+        row = read_table(markdown, dataset)["triplet"]
         assert row["clean"] == clean and not any("paper" in heading for heading in row)
-    assert "*" not in text  # toy's own defaults are no other settings
+    assert " * " not in text  # toy's own defaults are no other settings
     assert "\nnot run at all: cars196, cub200, sop\n" in text
 
 
@@ -325,10 +380,25 @@ def test_a_folder_of_the_same_name_has_a_table_of_its_own(tmp_path, capsys):
     make_run(tmp_path, "./cub200-triplet-base-s42", 0.5, 0.4)
     make_run(tmp_path, "/elsewhere/sop-triplet-base-s42", 0.6, 0.4)
     _, markdown = report(tmp_path, capsys)
-    assert re.findall("\n## (.*)", markdown) == ["cub200", "cub200-folder", "sop-folder"]
-    papers, own = (read_markdown(markdown, name)["triplet"] for name in ("cub200", "cub200-folder"))
+    assert sorted(headings(markdown)) == ["cub200", "cub200-folder", "sop-folder"]
+    papers, own = (read_table(markdown, name)["triplet"] for name in ("cub200", "cub200-folder"))
     assert (papers["clean"], papers["seeds"], papers["paper: clean"]) == ("20.00", "1", "18.29")
     assert (own["clean"], own["seeds"]) == ("50.00", "1") and "paper: clean" not in own
+
+
+def test_runs_over_other_photos_have_a_table_of_their_own(tmp_path, capsys):
+    """As a folder of which all classes are tested if nothing is trained, or to which photos came."""
+    few, all_of_it = "11 test classes, 44 photos", "22 test classes, 88 photos"
+    make_run(tmp_path, "photos-triplet-base-s1", 0.2, 0.1, tested=few)
+    make_run(tmp_path, "photos-triplet-base-s2", 0.3, 0.1, tested=few)
+    make_run(tmp_path, "photos-triplet-base-s3", 0.7, 0.6, tested=all_of_it)
+    make_run(tmp_path, "photos-triplet-bgaugment-s3", 0.7, 0.6, tested=all_of_it)
+    for output in report(tmp_path, capsys):
+        assert re.findall("\n## (.*)\n", output) == [f"photos: {few}", f"photos: {all_of_it}"]
+        one, other = (read_table(output, "photos", tested) for tested in (few, all_of_it))
+        assert one["triplet"]["clean"] == "25.00 ± 7.07" and one.keys() == {"triplet"}
+        assert other["triplet"]["clean"] == "70.00"
+        assert other.keys() == {"triplet", "triplet + BGAugment"}
 
 
 def test_attention(tmp_path, capsys):
@@ -336,36 +406,39 @@ def test_attention(tmp_path, capsys):
     make_attention(make_run(tmp_path, "cub200-triplet-base-s2", 0.2, 0.1), 0.4, 0.12)
     make_run(tmp_path, "cub200-triplet-base-s3", 0.2, 0.1)  # its attention was not measured
     make_run(tmp_path, "cub200-arcface-base-s1", 0.2, 0.1)
-    run = make_run(tmp_path, "cub200-contrastive-base-s1", 0.2, 0.1)
-    (run / "attention.json").write_text("half a fi")
+    for loss, text in (("contrastive", "half a fi"), ("multi_similarity", "[" * 10_000)):
+        run = make_run(tmp_path, f"cub200-{loss}-base-s1", 0.2, 0.1)
+        (run / "attention.json").write_text(text)  # its other figures are there all the same
     _, markdown = report(tmp_path, capsys)
-    table = read_markdown(markdown, "cub200")
-    assert list(table) == ["triplet", "arcface"]
+    table = read_table(markdown, "cub200")
+    assert list(table) == ["contrastive", "triplet", "multi_similarity", "arcface"]
     names = ("seeds", "attention", "± images", "paper: attention", "attention - paper")
     assert [table["triplet"].get(name) for name in names] == [
         "3", "0.35 ± 0.07", "0.10", "0.24 ± 0.08", "+0.11"]
-    assert [table["arcface"].get(name) for name in names] == ["1", None, None, "0.25 ± 0.08", None]
-    assert f"\nLeft out:\n\n- {run}: left out, not a result (JSONDecodeError" in markdown
+    for loss, paper in (("contrastive", 0.25), ("multi_similarity", 0.26), ("arcface", 0.25)):
+        cells = [table[loss].get(name) for name in names]
+        assert cells == ["1", None, None, f"{paper} ± 0.08", None]
+    assert "left out" not in markdown
 
 
 def test_undefined_attention_is_no_figure(tmp_path, capsys):
     make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
-    row = read_markdown(report(tmp_path, capsys)[1], "toy")["triplet"]
+    row = read_table(report(tmp_path, capsys)[1], "toy")["triplet"]
     assert row["clean"] == "40.00" and "attention" not in row and "± images" not in row
 
 
 def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
     flags = "--weights elsewhere/bn_inception-52deb4733.pth"
     make_run(tmp_path, "cub200-triplet-base-s42", 0.4, 0.3, flags=flags)
-    assert "*" not in report(tmp_path, capsys)[0]
+    assert list(read_table(report(tmp_path, capsys)[0], "cub200")) == ["triplet"]
 
 
 def test_one_unusual_seed_marks_the_row(tmp_path, capsys):
     make_run(tmp_path, "cub200-triplet-base-s1", 0.4, 0.3)
     run = make_run(tmp_path, "cub200-triplet-base-s2", 0.4, 0.3, flags="--epochs 9 --select replaced")
     text, markdown = report(tmp_path, capsys)
-    assert read_markdown(markdown, "cub200")["triplet *"]["seeds"] == "2"
-    assert text.endswith(f":\n- {run}: --epochs 9 --select replaced\n")
+    assert read_table(markdown, "cub200")["triplet *"]["seeds"] == "2"
+    assert text.endswith(f"\n\n- * {run}: --epochs 9 --select replaced\n")
 
 
 def test_older_results_without_a_condition(tmp_path, capsys):
@@ -374,7 +447,7 @@ def test_older_results_without_a_condition(tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     del result["test"]["query"]
     (run / "result.json").write_text(json.dumps(result))
-    table = read_markdown(report(tmp_path, capsys)[1], "cub200")
+    table = read_table(report(tmp_path, capsys)[1], "cub200")
     assert "query" not in table["arcface"] and table["arcface"]["object only"] == "20.00"
     assert table["arcface + BGAugment"]["query"] == "12.35"
 
@@ -392,6 +465,10 @@ def damage(run, kind):
         result["test"] = {}
     elif kind == "text":
         result["test"]["clean"]["map@r"] = "high"
+    elif kind == "no count":
+        del result["tested"]
+    elif kind == "a spread of text":
+        result["test"]["replaced"]["std"]["map@r"] = "high"
     elif kind == "renamed":
         run = run.rename(run.with_name("cub200-arcface-base-s7"))
     elif kind == "unknown loss":
@@ -400,21 +477,25 @@ def damage(run, kind):
     (run / "result.json").write_text(text[:-9] if kind == "cut" else text)
     if kind in ("empty", "binary"):
         (run / "result.json").write_bytes(b"\xff\x00" * (kind == "binary"))
+    if kind == "deep":
+        (run / "result.json").write_text("[" * 10_000 + "]" * 10_000)
     return run
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "binary", "a list", "no args", "no unusual", "no scores",
-                                  "text", "renamed", "unknown loss"])
+                                  "text", "renamed", "unknown loss", "no count",
+                                  "a spread of text", "deep"])
 def test_odd_files_are_named_and_left_out(tmp_path, capsys, kind):
     make_run(tmp_path, "cub200-arcface-bgaugment-s42", 0.2, 0.1)
     odd = damage(make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1), kind)
     text, markdown = report(tmp_path, capsys)
-    table = read_markdown(markdown, "cub200")
+    table = read_table(markdown, "cub200")
     assert list(table) == ["arcface + BGAugment"]
     assert table["arcface + BGAugment"]["clean"] == "20.00"
     for output in (text, markdown):
         assert "cub200, not run: contrastive, " in output and ", arcface, normalized_softmax" in output
-        assert output.splitlines()[-1].startswith(f"- {odd}: left out, not a result (")
+        assert output.splitlines()[-1].startswith(f"- {odd}: ")
+        assert output.endswith("; not a result, left out\n")
 
 
 def test_unfinished_runs_are_named(tmp_path, capsys):
@@ -427,8 +508,8 @@ def test_unfinished_runs_are_named(tmp_path, capsys):
             (run / "log.jsonl").write_text(rows)
     (tmp_path / "logs").mkdir()  # no run at all
     text, _ = report(tmp_path, capsys)
-    assert text.endswith(f"\n\nLeft out:\n- {tmp_path}/cub200-contrastive-base-s42: not finished, 0 epochs "
-                         f"so far\n- {tmp_path}/cub200-triplet-base-s42: not finished, 2 epochs so far\n")
+    assert text.endswith(f"\n\n- {tmp_path}/cub200-contrastive-base-s42: not finished\n"
+                         f"- {tmp_path}/cub200-triplet-base-s42: not finished\n")
 
 
 @pytest.mark.parametrize("names, reason", [([], "train one"), (["cub200-triplet-base-s42"], "not finished")])
@@ -443,7 +524,7 @@ def test_nothing_to_report(tmp_path, names, reason):
 def test_a_report_that_cannot_be_written(tmp_path):
     make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
     (tmp_path / "report.md").mkdir()
-    with pytest.raises(UserError, match="report.md: could not be written .*; make room or choose"):
+    with pytest.raises(UserError, match="report.md: could not be written: .*; make room or choose"):
         bgbias.report(tmp_path)
 
 
@@ -451,31 +532,34 @@ def test_a_report_that_cannot_be_written(tmp_path):
 
 
 def test_command_line_on_a_terminal_without_utf8(tmp_path):
+    """It shows ? for what it has not; the report is UTF-8 whatever the locale."""
     make_triplets(tmp_path)
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     shown = subprocess.run([sys.executable, ROOT / "bgbias.py", "--report", tmp_path], capture_output=True,
-                           env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"})
+                           env={**os.environ, **ascii_only, "COLUMNS": "80"})
     assert (shown.returncode, shown.stderr) == (0, b"")
     text = shown.stdout.decode("ascii")
-    assert "18.00 ? 1.00" in text and "? replaced  ? clean" in text
-    assert EXPECTED in (tmp_path / "report.md").read_text()
+    assert "18.00 ? 1.00" in text and "? replaced ? clean ?" in text
+    assert EXPECTED in squeezed((tmp_path / "report.md").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", "1e300"])
-def test_impossible_figures_are_left_out(tmp_path, capsys, value):
+@pytest.mark.parametrize("where", ['"clean": {', '"std": {'])
+def test_impossible_figures_are_left_out(tmp_path, capsys, value, where):
     make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
     odd = make_run(tmp_path, "toy-triplet-base-s43", 0.4, 0.3) / "result.json"
-    odd.write_text(re.sub(r'("clean": \{\s*"map@r": )[\d.]+', rf"\g<1>{value}", odd.read_text()))
+    pattern = rf'({re.escape(where)}\s*"map@r": )[\d.]+'
+    odd.write_text(re.sub(pattern, rf"\g<1>{value}", odd.read_text(), count=1))
     text, _ = report(tmp_path, capsys)
-    assert f"{odd.parent}: left out, not a result (ValueError('its clean map@r is " in text
+    figure = "its clean is " if "clean" in where else "its replaced is "
+    assert f"{odd.parent}: {figure}" in text and text.endswith("; not a result, left out\n")
+    assert read_table(text, "toy")["triplet"]["seeds"] == "1"
 
 
-def test_a_binary_log_and_a_folder_in_the_place_of_a_result_are_left_out(tmp_path, capsys):
+def test_a_folder_in_the_place_of_a_result_is_left_out(tmp_path, capsys):
     make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
-    for seed in (43, 44):
-        run = make_run(tmp_path, f"toy-triplet-base-s{seed}", 0.4, 0.3)
-        (run / "result.json").unlink()
-    (tmp_path / "toy-triplet-base-s43/log.jsonl").write_bytes(b"\xff\xfe\n")
-    (tmp_path / "toy-triplet-base-s44/result.json").mkdir()
+    result = make_run(tmp_path, "toy-triplet-base-s44", 0.4, 0.3) / "result.json"
+    result.unlink()
+    result.mkdir()
     text, _ = report(tmp_path, capsys)
-    assert "toy-triplet-base-s43: not finished, 1 epochs so far" in text
-    assert "toy-triplet-base-s44: left out, not a result (IsADirectoryError" in text
+    assert f"{result.parent}: [Errno 21] Is a directory" in text and "not a result, left out" in text
