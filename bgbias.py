@@ -1050,9 +1050,13 @@ def draft_of(path):
     """A name beside `path` for this process to write to before it renames. Removes what processes
     left there that were killed."""
     for draft in path.parent.glob(f"{path.name}.tmp*"):
-        owner = Path("/proc", draft.name.rpartition(".tmp")[2])
-        if Path("/proc/self").exists() and not owner.exists():
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        owner = draft.name.rpartition(".tmp")[2]
+        if not owner.isdigit() or not Path("/proc/self").exists() or Path("/proc", owner).exists():
+            continue
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)  # another process may be removing it, too
+        else:
+            draft.unlink(missing_ok=True)
     return path.with_name(f"{path.name}.tmp{os.getpid()}")
 
 
@@ -1609,6 +1613,7 @@ def command(name, main):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for ○
     try:
         main()
+        sys.stdout.flush()  # or a pipe that nobody reads any more is an error when Python ends
         return
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
