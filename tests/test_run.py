@@ -4,14 +4,17 @@ import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter, namedtuple
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -201,6 +204,77 @@ def test_interrupted_before_anything_is_learned_takes_other_arguments(shop, monk
     assert config["args"]["epochs"] == 1
 
 
+def rename(path, target):
+    path.rename(path.with_name(target))
+
+
+CHANGES = {  # of the shop, as its owner would make them
+    "added": lambda shop: shutil.copy(shop / "images/c15/p0.jpg", shop / "images/c15/p9.jpg"),
+    "removed": lambda shop: (shop / "images/c00/p3.jpg").unlink(),
+    "renamed": lambda shop: rename(shop / "images/c09/p3.jpg", "p4.jpg"),
+    "a class renamed": lambda shop: rename(shop / "images/c00", "c99"),
+}
+
+
+def test_photos_that_changed_since_the_run_was_begun_are_refused(shop, monkeypatch):
+    """Between two halves of the training, and between training and test."""
+    finish(f"{TINY} --runs a")
+    die_at(monkeypatch, torch.optim.RMSprop, "step", 6, f"{TINY} --runs b")
+    shutil.copytree("a", "c")
+    (shop / "c" / RUN / "result.json").unlink()
+    shutil.copytree("shop", "before")
+    for change in CHANGES.values():
+        change(shop / "shop")
+        for path in shop.glob("shop/images/*/*.jpg"):  # the new ones have masks
+            mask = bgbias.mask_path(shop / "shop", path)
+            mask.parent.mkdir(exist_ok=True)
+            Image.new("L", (40, 32)).save(mask)
+        for runs in ("b", "c"):
+            with pytest.raises(bgbias.UserError) as refused:
+                finish(f"{TINY} --runs {runs}")
+            assert str(refused.value) == (
+                f"{runs}/{RUN}/config.json: photos were added, removed or renamed since the run was begun; "
+                f"delete {runs}/{RUN} to start over")
+        shutil.rmtree("shop")
+        shutil.copytree("before", "shop")
+    for runs in ("b", "c"):
+        finish(f"{TINY} --runs {runs}")
+        assert_same_runs(shop / "a" / RUN, shop / runs / RUN)
+
+
+def dead_process():
+    """The number of a process that has ended."""
+    ended = os.fork()
+    if not ended:
+        os._exit(0)
+    os.waitpid(ended, 0)
+    return ended
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="nobody says which processes live")
+def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+    dead, alive = dead_process(), os.getppid()
+    for pid in (dead, alive, "_backup", ""):
+        (tmp_path / f"last.pt.tmp{pid}").write_text("half a fi")
+        (tmp_path / f"toy.tmp{pid}/images/000").mkdir(parents=True)
+    (tmp_path / f"best.pt.tmp{dead}").write_text("another's")
+    bgbias.write(tmp_path / "last.pt", lambda draft: draft.write_text("whole"))
+    assert (tmp_path / "last.pt").read_text() == "whole"
+    assert bgbias.draft_of(tmp_path / "toy") == tmp_path / f"toy.tmp{os.getpid()}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f"best.pt.tmp{dead}", "last.pt", "last.pt.tmp", "last.pt.tmp_backup", f"last.pt.tmp{alive}",
+         "toy.tmp", "toy.tmp_backup", f"toy.tmp{alive}"])
+    bgbias.write(tmp_path / "best.pt", lambda draft: draft.write_text("whole"))
+    assert not (tmp_path / f"best.pt.tmp{dead}").exists()
+
+
+def test_half_written_files_that_another_process_removes_meanwhile(tmp_path, monkeypatch):
+    gone = [tmp_path / f"a.json.tmp{dead_process()}"]  # listed, and then no longer there
+    monkeypatch.setattr(Path, "glob", lambda *_: gone)
+    bgbias.write_json(tmp_path / "a.json", [1])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+
+
 # ---- Real processes ------------------------------------------------------------------------------
 
 
@@ -285,6 +359,26 @@ def test_a_worker_that_dies_ends_the_run(shop):
     line, = [line for line in (shop / "stderr").read_text().splitlines() if line]
     assert line.startswith("bgbias.py: error: --workers: a process that prepares batches died")
     assert "The same command goes on" in line
+
+
+def shell(folder, command):
+    """The finished process of a line of bash, in which $RUN is python bgbias.py."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUN": f"{sys.executable} {ROOT / 'bgbias.py'}"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(shop):
+    done = shell(shop, f"$RUN {TINY} | head -1; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout.startswith("shop · contrastive · seed 42 · smallconv, 16 px · cpu · runs/")
+    assert done.stdout.endswith("\n1\n") and done.stdout.count("\n") == 2 and done.stderr == ""
+    finish(TINY)
+    assert len(log(shop / "runs" / RUN)) == 3
+
+
+def test_without_stdout_and_stderr_a_run_goes_on(shop):
+    assert shell(shop, f"$RUN {TINY} --epochs 1 >&- 2>&-").returncode == 0
+    assert len(scores(shop / "runs" / RUN)) == 5
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
@@ -403,6 +497,44 @@ def test_workers_change_nothing(shop, flags):
     for workers in (0, 1, 4):
         finish(f"{TINY} --bgaugment {flags} --workers {workers} --runs {workers}")
         assert_same_runs(*(shop / runs / "shop-contrastive-bgaugment-s42" for runs in ("0", str(workers))))
+
+
+def figures(test):
+    """All figures of a result, those that are nested too."""
+    if not isinstance(test, (dict, list)):
+        return [test]
+    values = test.values() if isinstance(test, dict) else test
+    return [figure for value in values for figure in figures(value)]
+
+
+def test_the_size_of_evaluation_batches_changes_nothing(shop, monkeypatch):
+    """But the last digits, which a CPU rounds otherwise."""
+    found = []
+    for size in (7, 32):  # 12 photos for validation, 44 for the test
+        monkeypatch.setattr(bgbias, "EVAL_BATCH", size)
+        finish(f"{TINY} --bgaugment --runs {size}")
+        run = shop / f"{size}/shop-contrastive-bgaugment-s42"
+        found.append(figures(scores(run)) + figures(log(run)))
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and len(found[0]) > 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nobody counts the open files")
+def test_neither_open_files_nor_tensors_grow_with_the_epochs(shop, monkeypatch):
+    """Counted when an epoch's last.pt is written, while two workers prepare the next batches."""
+    save, counted = bgbias.State.save, []
+
+    def counting(state, path, *, optimiser):
+        if optimiser:
+            gc.collect()
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            counted.append((len(os.listdir("/proc/self/fd")), tensors))
+        save(state, path, optimiser=optimiser)
+
+    monkeypatch.setattr(bgbias.State, "save", counting)
+    finish(f"{TINY} --epochs 8 --patience 8 --bgaugment --workers 2")
+    assert len(counted) == 8
+    for then, now in zip(counted[1], counted[7]):
+        assert now <= then
 
 
 def test_untrained_network(shop, monkeypatch, capsys):
@@ -655,6 +787,83 @@ def test_errors_have_no_traceback(shop):
                              "see README, Data\n")
 
 
+def test_output_that_nobody_reads(finished, monkeypatch, capsys):
+    """Of a report all is written at the end, so that this is where it is noticed."""
+    monkeypatch.chdir(finished[0])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            bgbias.command("bgbias.py", lambda: finish("--report runs"))
+    assert ended.value.code == 1 and capsys.readouterr().err == ""
+
+
+def test_an_error_without_stdout_and_stderr(plain_shop, monkeypatch):
+    """They are None where the caller closed them."""
+    monkeypatch.chdir(plain_shop)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        bgbias.command("bgbias.py", lambda: finish(f"{TINY} --backgrounds none"))
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("reason", [  # of a CPU and of a GPU
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory: you tried to allocate",
+    "CUDA out of memory. Tried to allocate 64.00 GiB."])
+def test_too_little_memory_for_a_batch(shop, monkeypatch, capsys, reason):
+    """As --loss triplet --batch-size 2048 needs."""
+    def full(*_, **__):
+        raise RuntimeError(reason)
+
+    monkeypatch.setitem(bgbias.LOSSES, "triplet", full)
+    assert failure(f"{TINY} --loss triplet", capsys) == (
+        f"bgbias.py: error: {reason}; try a smaller --batch-size")
+
+
+def test_weights_that_are_not_finite(shop, capsys):
+    """An untrained network has no loss that would show it."""
+    state = bgbias.build_backbone("smallconv", "none").state_dict()
+    next(iter(state.values()))[0, 0] = float("nan")
+    torch.save(state, "nan.pth")
+    line = failure(f"{TINY} --epochs 0 --weights nan.pth", capsys)
+    assert "gives nan or inf, are the --weights sound?" in line
+    assert not (shop / "runs").exists()
+
+
+def make_sop(root, names):
+    """Stanford Online Products, two photos in each part, of which the lists give other names."""
+    for file, first in (("Ebay_train.txt", 0), ("Ebay_test.txt", 4)):
+        lines = ["image_id class_id super_class_id path"]
+        for number in range(first, first + (4 if first == 0 else 2)):
+            label = (1, 8490, 11319)[number // 2]
+            name = f"chair_final/{number}.JPG"
+            for place in (root / name, root / f"masks/chair_final/{number}.png"):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (40, 32)).save(place, "PNG")
+            lines.append(f"{number} {label} 1 {names.get(number, name)}")
+        (root / file).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])  # of training, validation, test
+@pytest.mark.parametrize("name", ["{outside}", "../outside.jpg", "chair_final/../../outside.jpg", "."])
+def test_lists_that_lead_out_of_the_dataset_are_refused(tmp_path, monkeypatch, number, name):
+    """Or its mask would be looked for, and written by masks.py, elsewhere."""
+    monkeypatch.setitem(bgbias.COUNTS, "sop", (6, 2))
+    root = tmp_path / "Stanford_Online_Products"
+    make_sop(root, {})
+    assert [len(split.images) for split in bgbias.load_splits("sop", tmp_path).values()] == [2, 2, 2]
+    Image.new("RGB", (40, 32)).save(tmp_path / "outside.jpg")
+    (root / "masks/outside.png").touch()
+    make_sop(root, {number: name.format(outside=tmp_path / "outside.jpg")})
+    for need_masks in (True, False):
+        with pytest.raises(bgbias.UserError) as refused:
+            bgbias.load_splits("sop", tmp_path, need_masks=need_masks)
+        assert str(refused.value).startswith(f"{root}: a list of it names a file elsewhere: ")
+        assert str(refused.value).endswith("; get that list again")
+
+
 def test_bugs_keep_their_traceback():
     def buggy():
         raise RuntimeError("shapes do not match")
@@ -672,6 +881,21 @@ def test_damaged_photos_are_named(shop, capsys, end_workers):
     assert failure(f"{TINY} --workers 1", capsys) == (
         "bgbias.py: error: shop/masks/c21/p3.png: its size is (10, 10), the photo's is (40, 32); "
         "delete it and run masks.py")
+
+
+@pytest.mark.parametrize("name, flags", [("c00/p0", ""), ("c09/p1", ""), ("c21/p3", ""),
+                                         ("c21/p3", "--epochs 0")])
+def test_what_is_no_mask_is_refused(shop, capsys, name, flags):
+    """Values 0 and 1 would mix the photo's background in: of training, validation and test photos."""
+    path = Path(f"shop/masks/{name}.png")
+    mask = Image.open(path).point(lambda value: value // 128)
+    mask.save(path)
+    assert failure(f"{TINY} --epochs 1 {flags}", capsys) == (
+        f"bgbias.py: error: {path}: no mask, its largest value is 1; delete it and run masks.py, or save "
+        "8-bit greyscale, 255 = foreground")
+    mask.point(lambda value: 255 * value).convert("1").save(path)  # as it should be
+    Image.merge("RGB", [Image.open("shop/masks/c20/p0.png")] * 3).save("shop/masks/c20/p0.png")
+    finish(f"{TINY} --epochs 1 {flags}")
 
 
 needs_shm = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
@@ -728,6 +952,21 @@ def test_workers_that_cannot_be_started(shop, monkeypatch, capsys):
     monkeypatch.setattr(os, "fork", no_fork)
     assert "--workers 2: [Errno 11] Resource temporarily unavailable; use fewer" in failure(
         f"{TINY} --workers 2", capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nobody counts the open files")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 40", "ignore:Exception ignored in")
+def test_more_workers_than_files_may_be_open(shop, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, limits[1]))
+    try:
+        line = failure(f"{TINY} --workers 40", capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for started in multiprocessing.active_children():
+            started.terminate()
+            started.join()
+    assert line == "bgbias.py: error: --workers 40: [Errno 24] Too many open files; use fewer, or 0"
 
 
 def test_runs_that_cannot_be_written(shop, monkeypatch, capsys):
@@ -789,7 +1028,8 @@ def test_damaged_run_files_are_named(shop, name):
     run = shop / "runs" / RUN
     (run / "result.json").unlink()
     content = (run / name).read_bytes()
-    odd = {"cut": content[:100], "empty": b"", "a list": b"[1]", "other args": b'{"args": 1}'}
+    odd = {"cut": content[:100], "empty": b"", "a list": b"[1]", "other args": b'{"args": 1}',
+           "no photos": content.replace(b'"photos"', b'"phobos"'), "deep": b"[" * 10_000 + b"]" * 10_000}
     if name != "config.json":
         torch.save({"network": bgbias.Embedder("squeezenet1_1", "none", 32).state_dict()}, "other.pt")
         odd = {"cut": content[:100], "empty": b"", "text": b"hello", "other": Path("other.pt").read_bytes()}
@@ -804,6 +1044,52 @@ def test_damaged_run_files_are_named(shop, name):
     shutil.rmtree(run)  # as the message says
     finish(f"{TINY} --epochs 1")
     assert (run / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_flipped_bytes_are_found(shop, name):
+    """PyTorch does not look at the checksums, and would go on with other weights."""
+    finish(f"{TINY} --epochs 1")
+    run = shop / "runs" / RUN
+    (run / "result.json").unlink()
+    content = (run / name).read_bytes()
+    tensors = 0
+    for part in zipfile.ZipFile(run / name).infolist():
+        start = content.index(part.filename.encode(), part.header_offset) + len(part.filename)
+        start = content.index(zipfile.ZipFile(run / name).read(part), start)  # after the padding
+        flipped = bytearray(content)
+        flipped[start + part.file_size // 2] ^= 1
+        (run / name).write_bytes(flipped)
+        with pytest.raises(Exception):
+            bgbias.read_checkpoint(run / name)
+        if "/data/" in part.filename and part.file_size >= 1000:
+            tensors += 1
+            with pytest.raises(bgbias.UserError, match=f"{RUN}/{name}: .*; if it is damaged, delete runs/"):
+                finish(f"{TINY} --epochs 1")
+        (run / name).write_bytes(content)
+    assert tensors >= 5
+    finish(f"{TINY} --epochs 1")
+    assert (run / "result.json").exists()
+
+
+ROW = {"epoch": 1, "loss": 1.0, "clean": {"map@r": 0.5}, "replaced": {"map@r": 0.5}, "seconds": 1.0}
+
+
+HISTORIES = [
+    "epochs", None, 5, [5], ["epoch"], [{}], [{**ROW, "seconds": "long"}], [{**ROW, "clean": {}}],
+    [ROW, {**ROW, "clean": {"map@r": "high"}}]]
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_history_that_is_none(shop, name):
+    finish(f"{TINY} --epochs 1")
+    run = shop / "runs" / RUN
+    (run / "result.json").unlink()
+    whole = checkpoint(run, name)
+    for history in HISTORIES:
+        torch.save({**whole, "history": history}, run / name)
+        with pytest.raises(bgbias.UserError, match=f"runs/{RUN}/{name}: .*; if it is damaged, delete runs/{RUN}"):
+            finish(f"{TINY} --epochs 1")
 
 
 def test_a_damaged_result_is_named(shop, capsys):
