@@ -1223,11 +1223,11 @@ FIGURES = {
     "R@1 replaced": ("replaced", "recall@1", None),
     "attention": ("attention", "score", "± images"),
 }
-NOTES = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation over
-the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run; ± images: of
-the test images. The bar goes from MAP@R with replaced backgrounds to the one on clean photos: the
-longer it is, the more hangs on the background. *: other settings than the paper's (of toy and of
-folders: than the defaults)."""
+NOTES = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation
+over the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run;
+± images: of the test images. The bar goes from MAP@R with replaced backgrounds to the one on clean
+photos: the longer it is, the more hangs on the background. *: other settings than the paper's (of
+toy and of folders: than the defaults)."""
 
 # A finished run. tested: how many classes and photos. figures: {heading: (value, its spread)}.
 # unusual: the flags that are unlike the paper's.
@@ -1398,8 +1398,8 @@ def print_results(args):
         clean, replaced, background = (
             result.figures[heading][0] for heading in ("clean", "replaced", "background only"))
         print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
-              f"{100 * max(0, clean - replaced) / max(clean, 1e-9):.0f} % of its MAP@R; on backgrounds "
-              f"alone it still reaches {background:.1f} %.")
+              f"{100 * max(0, clean - replaced) / max(clean, 1e-9):.0f} % of its MAP@R; on "
+              f"backgrounds alone it still reaches {background:.1f} %.")
     print(f"all metrics: {run / 'result.json'}")
 
 

@@ -16,13 +16,13 @@ def results(tmp_path_factory, toy):
     folder = tmp_path_factory.mktemp("effect")
     found = {}
     for name, flags in {"base": [], "bgaugment": ["--bgaugment"],
-                        "untrained": ["--epochs", "0", "--runs", "untrained"]}.items():
+                        "untrained": ["--epochs", "0"]}.items():
         flags = ["--epochs", "4", "--device", "cpu", "--data", toy.parent, *flags]
         subprocess.run([sys.executable, ROOT / "bgbias.py", *flags], cwd=folder, check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})  # busy cores make two threads crawl
         kind = "bgaugment" if name == "bgaugment" else "base"
-        runs = folder / ("untrained" if name == "untrained" else "runs")
-        found[name] = json.loads((runs / f"toy-contrastive-{kind}-s42/result.json").read_text())["test"]
+        loss = "untrained" if name == "untrained" else "contrastive"
+        found[name] = json.loads((folder / f"runs/toy-{loss}-{kind}-s42/result.json").read_text())["test"]
     return found
 
 

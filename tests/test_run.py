@@ -637,7 +637,7 @@ def test_loss_that_is_not_finite_keeps_the_good_checkpoint(shop, monkeypatch):
 def test_streaming_gives_the_same_run(shop, monkeypatch, capsys):
     finish(f"{TINY} --runs a --bgaugment")
     assert "memory is short" not in capsys.readouterr().out
-    free = itertools.chain([0.9] * 20, itertools.repeat(0.1))
+    free = itertools.chain([0.9] * 20, itertools.repeat(0.05))
     monkeypatch.setattr(bgbias, "free_memory", lambda: next(free))
     finish(f"{TINY} --runs b --bgaugment")
     out = capsys.readouterr().out  # 3 backgrounds stayed, too
