@@ -1297,9 +1297,9 @@ def table_row(results):
 
 def add_bars(rows, width=24):
     """Gives each row a bar from the MAP@R with replaced backgrounds to the one on clean photos."""
-    ends = np.array([[float(row[end].split()[0]) for end in ("replaced", "clean")] for row in rows])
-    ends = (ends * (width - 1) / max(ends.max(), 0.01)).round().astype(int)
-    for row, (ring, disc) in zip(rows, ends):
+    ends = [float(row[end].split()[0]) for row in rows for end in ("replaced", "clean")]
+    ends = np.reshape(ends, (-1, 2)) * (width - 1) / max(*ends, 0.01)
+    for row, (ring, disc) in zip(rows, ends.round().astype(int)):
         cells = np.full(width, " ")
         cells[min(ring, disc):max(ring, disc)] = "━"
         cells[ring] = "○"
@@ -1311,21 +1311,18 @@ def as_table(rows, wanted=None, *, room=math.inf):
     """Rows {heading: cell} as an aligned Markdown table of all their headings, or of those wanted.
     Columns that do not fit into `room` characters follow below."""
     there = dict.fromkeys(heading for row in rows for heading in row)
-    tables = []
+    columns = []
     for heading in [heading for heading in wanted or there if heading in there]:
         cells = [heading, "", *(row.get(heading, "") for row in rows)]
         width = max(map(len, cells))
         cells[1] = "-" * width
-        if heading == "":
-            names = [f"| {cell:<{width}} |" for cell in cells]
-            tables.append(names)
-            used = len(names[0])
-            continue
-        if used + width + 3 > room and tables[-1] != names:
-            tables.append(names)
-            used = len(names[0])
-        tables[-1] = [f"{line} {cell:>{width}} |" for line, cell in zip(tables[-1], cells)]
-        used += width + 3
+        columns.append([f"{cell:>{width}}" if heading else f"{cell:<{width}}" for cell in cells])
+    names, *columns = columns
+    tables = []
+    for column in columns:
+        if not tables or len(tables[-1][0]) + len(column[0]) + 3 > room:
+            tables.append([f"| {name} |" for name in names])
+        tables[-1] = [f"{line} {cell} |" for line, cell in zip(tables[-1], column)]
     return "\n\n".join("\n".join(lines) for lines in tables)
 
 
@@ -1349,6 +1346,7 @@ def report(folder):
             remarks.append(f"- * {run}: {result.unusual}")
     if not datasets:
         raise UserError(f"--report {folder}: no finished run; {(remarks or ['train one'])[0]}")
+    never_run = sorted(PAPER.keys() - {dataset for dataset, _ in datasets})
 
     def text(room):
         parts = ["# Background bias, measured", NOTES]
@@ -1360,9 +1358,8 @@ def report(folder):
             missing = [row_name(*key) for key in keys[:-2] if key not in runs]
             if missing and dataset in SPLITS:
                 parts.append(f"{dataset}, not run: {', '.join(missing)}")
-        missing = [dataset for dataset in PAPER if dataset not in {name for name, _ in datasets}]
-        if missing:
-            parts.append(f"not run at all: {', '.join(missing)}")
+        if never_run:
+            parts.append(f"not run at all: {', '.join(never_run)}")
         return "\n\n".join(parts + ["\n".join(remarks)] * bool(remarks))
 
     markdown = text(math.inf) + "\n"
@@ -1376,17 +1373,13 @@ def print_results(args):
     run = run_folder(args, KINDS[args.bgaugment])
     this, results = read_result(run), []
     for folder in (run_folder(args, kind) for kind in KINDS):
-        if not (folder / "result.json").exists():
-            continue
-        try:
+        with contextlib.suppress(UserError):  # the sibling is not there yet, or damaged
             result = read_result(folder)
-        except UserError as error:  # of the sibling
-            print(error)
-            continue
-        if (result.tested, result.unusual) == (this.tested, this.unusual):
-            results.append(result)
-        else:
-            print(f"{folder}: not comparable, {result.tested}, {result.unusual or 'the defaults'}")
+            if (result.tested, result.unusual) == (this.tested, this.unusual):
+                results.append(result)
+            else:
+                print(f"{folder}: not comparable, {result.tested}, "
+                      f"{result.unusual or 'the defaults'}")
     rows = [table_row([result]) for result in results]
     add_bars(rows)
     shown = ["", "clean", "replaced", "query", "object only", "background only", BAR]

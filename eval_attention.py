@@ -285,15 +285,18 @@ def shuffled(run):
     return np.random.default_rng([run.args.seed, PICK]).permutation(len(run.images)).tolist()
 
 
-def named(run, names):
-    """The rows of the test images with these names. Raises UserError."""
+def asked_for(run, images):
+    """The rows of test images that --images may show, and how many: of a number, all of them in
+    random order; of names with commas between them, those. Raises UserError."""
+    if images.isdecimal() and int(images):
+        return shuffled(run), int(images)
     rows = []
-    for name in names:
+    for name in images.split(","):
         found = [row for row, image in enumerate(run.images) if f"/{image}".endswith(f"/{name}")]
         if not found:
             raise UserError(f"--images {name}: no test image of {run.folder}")
         rows.append(found[0])
-    return rows
+    return rows, len(rows)
 
 
 def side(columns):
@@ -324,20 +327,15 @@ def draw_grid(rows, columns, file):
     bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
 
 
-def draw_attention(pair, scores, wanted, file, *, worst):
+def draw_attention(pair, scores, images, file, *, worst):
     """The picture of --figure: a row an image, with its mask and the maps of both runs."""
     base = pair["base"]
     found = [scores[pair[kind].folder] for kind in KINDS]
     gaps = [found[1][image][0] - found[0][image][0] for image in base.images]
-    if wanted[0].isdecimal():
-        rows = [row for row in shuffled(base) if np.isfinite(gaps[row])]
-        if worst:
-            rows.sort(key=lambda row: -abs(gaps[row]))
-        rows = rows[:int(wanted[0])]
-        if not rows:
-            raise UserError(f"--images {wanted[0]}: no test image with a score in {base.folder}")
-    else:
-        rows = named(base, wanted)
+    rows, count = asked_for(base, images)
+    if worst:
+        rows.sort(key=lambda row: -abs(np.nan_to_num(gaps[row])))
+    rows = rows[:count]
     drawn = [gather(pair[kind], rows, network_of(pair[kind])) for kind in KINDS]
     lines = []
     for n, row in enumerate(rows):
@@ -383,27 +381,23 @@ def nearest(run, rows):
     return found
 
 
-def draw_neighbours(pair, wanted, file, *, worst):
+def draw_neighbours(pair, images, file, *, worst):
     """The picture of --neighbours: each query photo, its mask, itself on a new background, and a
     row a run of the photos nearest to the latter. Raises UserError."""
     first = next(iter(pair.values()))
-    labels, order = torch.as_tensor(first.split.labels), shuffled(first)
-    by_name = not wanted[0].isdecimal()
-    worst = worst and not by_name
-    rows = named(first, wanted) if by_name else order[:int(wanted[0])]
-    if worst:
-        rows = order[:CANDIDATES]
+    labels = torch.as_tensor(first.split.labels)
+    rows, count = asked_for(first, images)
+    rows = rows[:CANDIDATES if worst else count]
     found = {kind: nearest(run, rows) for kind, run in pair.items()}
     right = {}
     for kind, near in found.items():
         right[kind] = {key: labels[near[key]] == labels[rows][:, None] for key in near}
-    queries = range(len(rows))
+    queries = list(range(len(rows)))
     if worst:
         hits = right[next(iter(pair))]
-        queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:, 0].tolist()
-        queries = queries[:int(wanted[0])]
-    if not queries:
-        raise UserError(f"--images {wanted[0]}: no test image of {first.folder} to show")
+        queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:count, 0].tolist()
+        if not queries:
+            raise UserError(f"--worst: no new background misleads {first.folder}")
     batches, lines = bgbias.test_batches(first.split, first.args, draws=1), []
     for q in queries:
         photos, backgrounds, _ = batches[rows[q] // EVAL_BATCH]
@@ -518,10 +512,12 @@ def finished_pairs(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.worst and not args.images.isdecimal():
+        raise UserError("--worst: picks the images itself; give --images a number")
     pairs = finished_pairs(args)
     if args.neighbours:
         pair, = pairs.values()
-        return draw_neighbours(pair, args.images.split(","), args.neighbours, worst=args.worst)
+        return draw_neighbours(pair, args.images, args.neighbours, worst=args.worst)
     runs = [run for pair in pairs.values() for run in pair.values()]
     scores = {run.folder: score_run(run, args.shard) for run in runs}
     left = {run.folder: len(run.images) - len(scores[run.folder]) for run in runs}
@@ -533,7 +529,7 @@ def main(argv=None):
     print(score_table(pairs, scores))
     if args.figure:
         pair, = pairs.values()
-        draw_attention(pair, scores, args.images.split(","), args.figure, worst=args.worst)
+        draw_attention(pair, scores, args.images, args.figure, worst=args.worst)
     if args.sanity:
         rows = [{"": run.folder.name, **check_run(run)} for run in runs]
         print(f"\n{bgbias.as_table(rows, room=bgbias.terminal_width())}")
