@@ -167,7 +167,7 @@ def bench_metrics():
     if installed("pytorch_metric_learning") and installed("faiss"):
         from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         calculator = AccuracyCalculator(include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
-                                        device=torch.device("cpu"))
+                                        k="max_bin_count", device=torch.device("cpu"))
         tensor = torch.from_numpy(labels)
         row("retrieval metrics, K = 1", lambda: bgbias.retrieval_metrics(embeddings, labels, (1,)),
             "pytorch-metric-learning with faiss", lambda: calculator.get_accuracy(embeddings.cpu(), tensor),
