@@ -404,8 +404,8 @@ def draw_neighbours(pair, images, file, *, worst):
         k = rows[q] % EVAL_BATCH
         image, mask = bgbias.unpack(photos[k:k + 1])
         replaced = bgbias.replace_background(image, mask, backgrounds[0, k]).round().byte()
-        name = "/".join(Path(first.images[rows[q]]).parts[-2:])
-        name += ", picked: the new background misleads" if worst else ""
+        name = "/".join(Path(first.images[rows[q]]).parts[-2:])[-40:]  # has room beside the rest
+        name += ", picked as misled" if worst else ""
         cells = [(photos[k, :3], "query", None), (photos[k, 3], "mask", None),
                  (replaced[0], "replaced", None)]
         for kind, near in found.items():
@@ -414,8 +414,8 @@ def draw_neighbours(pair, images, file, *, worst):
                 cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
             clean, new = (int(right[kind][key][q].sum()) for key in ("clean", "replaced"))
             shown = len(right[kind]["replaced"][q])
-            lines.append((cells, f"{TITLES[kind]}: {new} of {shown} right with the background "
-                                 f"replaced, {clean} with its own    {name}"))
+            lines.append((cells, f"{TITLES[kind]}: {new} of {shown} right on the new background, "
+                                 f"{clean} on its own    {name}"))
             cells, name = [BLANK] * 3, ""  # the second row shows the same query
     draw_grid(lines, 3 + NEIGHBOURS, file)
 
