@@ -84,8 +84,8 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative margin is no typo: every positive pair then has a loss above 0, so nzmean
-        # averages over all of them.
+        # The negative margin is no typo: every positive pair then has a loss above 0, so nzmean(),
+        # the mean over the terms above 0, is over all of them.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -445,7 +445,7 @@ class Photos(torch.utils.data.Dataset):
                 if free_memory() < LEAVE_FREE:
                     print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay "
                           "decoded, the others are decoded at every use (--workers helps)")
-                    threads.shutdown(cancel_futures=True)  # or they are decoded all the same
+                    threads.shutdown(cancel_futures=True)  # break alone leaves them at work
                     break
                 self.kept.append(photo)
 
@@ -497,9 +497,9 @@ class Batches(torch.utils.data.Dataset):
     """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
     Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
-    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; the item after the
-    last photo is the first of the next epoch. Backgrounds are drawn with replacement from `pool`
-    and always take the training transform, in evaluation too (Section 4).
+    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; the validations of
+    all epochs are numbered through, items_a_pass items each. Backgrounds are drawn with replacement
+    from `pool` and always take the training transform, in evaluation too (Section 4).
     """
 
     def __init__(self, *, photos, labels, size, seed, pool, draws, sampler=None):
@@ -947,7 +947,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             near.scatter_(1, q[:, None], -math.inf)  # an item is no neighbour of its own
             right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
             right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # Of rank <= R, a right item has fewer than 2 R at least as near: R right, R - 1 wrong.
+            # At least as near as a right item of rank <= R are at most R right items, itself one of
+            # them, and R - 1 wrong ones. So the 2 R nearest tell the ranks up to R.
             best = largest(near, min(2 * R, near.shape[1]))
             hits = torch.arange(1, R + 1, device=q.device)
             ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R) exact up to R
@@ -1134,9 +1135,9 @@ def read_checkpoint(path):
 
 
 def training_data(args, splits, epochs_done):
-    """Iterators over all training batches and all validation items that are left. Both last to the
-    end of the training: no processes are started anew, and the next epoch's batches are prepared
-    while this one is validated."""
+    """Iterators over all training batches and all validation items that are left, and how many of
+    these an epoch has. Both last to the end of the training: no processes are started anew, and the
+    next epoch's batches are prepared while this one is validated."""
     short, labels = short_side(args.image_size), splits["train"].labels
     m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
     pool = Photos(list_backgrounds(args.backgrounds, "val"), None, short)
@@ -1150,7 +1151,7 @@ def training_data(args, splits, epochs_done):
         draws=1)
     batches = range(epochs_done * args.iterations, args.epochs * args.iterations)
     items = range(epochs_done * val.items_a_pass, args.epochs * val.items_a_pass)
-    return loader(train, args, batches), loader(val, args, items)
+    return loader(train, args, batches), loader(val, args, items), val.items_a_pass
 
 
 def finished(state, args):
@@ -1163,8 +1164,7 @@ def train(args, splits, state, run):
     best epoch) and last.pt (all it needs to go on). Raises UserError if the loss is not finite.
     Section 4."""
     device, network, val_labels = args.device, state.network, splits["val"].labels
-    val_items_an_epoch = math.ceil(len(val_labels) / EVAL_BATCH)
-    batches, val_items = training_data(args, splits, state.epochs)
+    batches, val_items, items_an_epoch = training_data(args, splits, state.epochs)
     while not finished(state, args):
         start = time.monotonic()
         epoch = state.epochs + 1
@@ -1186,7 +1186,7 @@ def train(args, splits, state, run):
         try:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
-            embedded = embed(network, itertools.islice(val_items, val_items_an_epoch), device)
+            embedded = embed(network, itertools.islice(val_items, items_an_epoch), device)
             clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
             replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
         except FloatingPointError as error:
@@ -1248,7 +1248,9 @@ def read_result(run):
         saved = json.loads((run / "result.json").read_text())
         args = argparse.Namespace(**saved["args"])
         kind = KINDS[args.bgaugment]
-        if args.loss not in LOSSES or run_folder(args, kind).name != run.name:
+        if args.loss not in LOSSES:
+            raise ValueError(f"its loss {args.loss} is not in LOSSES")
+        if run_folder(args, kind).name != run.name:
             raise ValueError(f"it is of {run_folder(args, kind).name}")
         for heading, (condition, metric, _) in FIGURES.items():
             scores = saved["test"].get(condition)
@@ -1259,6 +1261,8 @@ def read_result(run):
                 figures[heading] = 100 * mean, 100 * std
         figures["clean"], figures["replaced"]  # a KeyError if one lacks
         loss = args.loss if args.epochs else "untrained"
+        if args.hparams != hparams_of(args):
+            args.unusual.append(f"HPARAMS {args.hparams}")
         result = Result(dataset_name(args.dataset), str(saved["tested"]), loss, kind, figures,
                         " ".join(args.unusual))
     with contextlib.suppress(Exception):  # damaged, or none yet: the row has no attention then
@@ -1398,7 +1402,7 @@ def print_results(args):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# These say which run it is and where its data lies, so none of them marks it as unlike the paper's.
+# These say which run it is and where its data lies; other values earn no * in the tables.
 IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "hparams"}
 # These may have other values when a run goes on.
 MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual", "photos"}
@@ -1420,6 +1424,14 @@ def shard(text):
     if not 1 <= i <= n:
         raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
     return i, n
+
+
+def hparams_of(args):
+    """The hyper-parameters of the loss. Raises UserError if it has none."""
+    tuned_on = args.dataset if args.dataset in HPARAMS else "cars196"
+    if args.loss not in HPARAMS[tuned_on]:
+        raise UserError(f"--loss {args.loss}: has no entry in HPARAMS['{tuned_on}']")
+    return HPARAMS[tuned_on][args.loss]
 
 
 def parse_args(argv=None):
@@ -1466,10 +1478,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)
-    tuned_on = args.dataset if args.dataset in HPARAMS else "cars196"
-    args.hparams = HPARAMS[tuned_on].get(args.loss)  # in config.json: they make a run what it is
-    if args.hparams is None:
-        raise UserError(f"--loss {args.loss}: has no entry in HPARAMS['{tuned_on}']")
+    args.hparams = hparams_of(args)  # in config.json: they make a run what it is
     args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                     if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
     return args

@@ -117,13 +117,16 @@ def load_run(folder, device="auto"):
     with explain(folder / "config.json", "not of this bgbias.py, train again"):
         saved = json.loads((folder / "config.json").read_text())["args"]
         args = argparse.Namespace(**{**saved, "device": device, "workers": None})
-        bgbias.short_side(args.image_size), seed_of(args.seed), DISTANCES[args.loss]
+        bgbias.short_side(args.image_size), seed_of(args.seed)
+        if args.loss not in DISTANCES:
+            raise UserError(f"{folder}: its loss {args.loss} has no entry in DISTANCES in "
+                            "eval_attention.py")
         bgbias.choose_device(args)
     try:
         split = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)["test"]
     except UserError as error:
         raise UserError(f"{folder}: {error} (start where the run was trained)") from error
-    arguments = args.loss, args.image_size, args.seed, args.backbone
+    arguments = DISTANCES[args.loss].__name__, args.image_size, args.seed, args.backbone
     checksum = hashlib.sha256(f"{arguments}".encode())
     with explain(folder / "best.pt", "train again"):
         checksum.update((folder / "best.pt").read_bytes())

@@ -136,7 +136,8 @@ done
 task=${SLURM_ARRAY_TASK_ID:-}
 if [ "$task" ]; then : "${stages:=train attention}"; fi
 count_gpus="import torch; print(*range(torch.cuda.device_count()))"
-GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$(python -c "$count_gpus")}}
+GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$(python -c "$count_gpus" 2>/dev/null)}} ||
+    die "python: has no torch; install requirements.txt, and activate its environment"
 export CUDA_DEVICE_ORDER=PCI_BUS_ID  # number GPUs as nvidia-smi does
 read -ra gpus <<<"${GPUS//,/ }"
 if [ ${#gpus[@]} = 0 ]; then gpus=(none); fi

@@ -785,8 +785,7 @@ def test_error_no_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("argument, value", [
-    ("loss", "n_pair"), ("loss", None), ("loss", ["triplet"]), ("seed", None), ("seed", "x"),
-    ("seed", -1), ("image_size", "large")])
+    ("loss", ["triplet"]), ("seed", None), ("seed", "x"), ("seed", -1), ("image_size", "large")])
 def test_error_argument_in_config(capsys, runs, tmp_path, argument, value):
     copy = copy_of(runs[0], tmp_path / runs[0].name)
     saved = json.loads((copy / "config.json").read_text())
@@ -794,6 +793,19 @@ def test_error_argument_in_config(capsys, runs, tmp_path, argument, value):
     (copy / "config.json").write_text(json.dumps(saved))
     line = error_of(capsys, copy)
     assert f"{copy / 'config.json'}: " in line and "not of this bgbias.py, train again" in line
+
+
+def test_error_loss_without_a_distance(capsys, runs, monkeypatch):
+    monkeypatch.delitem(ea.DISTANCES, "contrastive")
+    line = error_of(capsys, runs[0])
+    assert line.endswith(f"{runs[0]}: its loss contrastive has no entry in DISTANCES in eval_attention.py")
+
+
+def test_another_distance_is_another_score(runs, monkeypatch):
+    before = ea.load_run(runs[0], "cpu").checksum
+    assert before == ea.load_run(runs[0], "cpu").checksum
+    monkeypatch.setitem(ea.DISTANCES, "contrastive", ea.cosine)
+    assert before != ea.load_run(runs[0], "cpu").checksum
 
 
 @pytest.mark.parametrize("content", [

@@ -264,6 +264,24 @@ def test_bars_are_in_the_printed_table(tmp_path, capsys):
         "         ○━━━━━━━━━━━━━●", "              ●━━━○     "]
 
 
+def test_other_hyper_parameters_are_marked(tmp_path, capsys, monkeypatch):
+    """A run made before HPARAMS was edited is neither silently averaged nor set beside another."""
+    old = make_run(tmp_path, "toy-triplet-base-s42", 0.2, 0.1)
+    monkeypatch.setitem(bgbias.HPARAMS["toy"], "triplet", {"margin": 0.5})
+    new = make_run(tmp_path, "toy-triplet-base-s43", 0.2, 0.1)
+    text, _ = report(tmp_path, capsys)
+    assert list(read_table(text, "toy")) == ["triplet *"]
+    assert f"- * {old}: HPARAMS {{'margin': 0.2}}" in text and str(new) not in text
+
+
+def test_a_loss_that_went_is_named(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path, "toy-triplet-base-s42", 0.2, 0.1)
+    make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
+    monkeypatch.setattr(bgbias, "LOSSES", {"arcface": bgbias.arcface})
+    text, _ = report(tmp_path, capsys)
+    assert f"- {run}: its loss triplet is not in LOSSES; not a result, left out" in text
+
+
 # ---- What a run prints at its end ----------------------------------------------------------------
 
 
