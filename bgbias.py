@@ -312,7 +312,9 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
         raise UserError(f"{mask}: would be the mask of two photos; rename one of them")
     needed = {"image": (images, f"unpack {root} again")}
     if need_masks:
-        needed["mask"] = masks, f"run: python masks.py --dataset {dataset} --data {data}"
+        where = f" --data {data}" if dataset in PLACES else ""
+        needed["mask"] = (masks, f"run: python masks.py --dataset {dataset}{where} (with the "
+                          "--model of the others)")
     for what, (paths, remedy) in needed.items():
         missing = [path for path in paths if not path.is_file()]
         if missing:
@@ -350,8 +352,8 @@ def list_backgrounds(folder, part):
     # DIFF: backgrounds are sorted by name; in file-system order a seed would not fix the draws.
     pool = list_photos(Path(folder, part))
     if not pool:
-        raise UserError(f"--backgrounds {folder}: no photos in {Path(folder, part)}; see README, "
-                        "Data")
+        raise UserError(f"--backgrounds {folder}: no photos in {Path(folder, part)}; it takes the "
+                        "folders val/ and test/ with photos, see README, Data")
     return pool
 
 
@@ -728,9 +730,11 @@ def hub_backbone(name, weights):
     """REPO:NAME: calls NAME() of the hubconf.py in REPO, a folder or GitHub's owner/repo. With
     weights "none", its layers (all that PyTorch can reset) become random. Raises UserError."""
     repo, _, entry = name.rpartition(":")
-    remedy = "give REPO:NAME, NAME a function in the hubconf.py of the folder or owner/repo REPO"
+    remedy = ("needed: REPO:NAME, NAME a function that returns the network, in the hubconf.py of a "
+              "folder or of GitHub's owner/repo")
     with explain(f"--backbone {name}", remedy):
-        network = torch.hub.load(repo, entry, source="local" if Path(repo).is_dir() else "github",
+        on_github = repo.count("/") == 1 and not repo.startswith(".") and not Path(repo).is_dir()
+        network = torch.hub.load(repo, entry, source="github" if on_github else "local",
                                  trust_repo=True)
         for module in network.modules():
             if weights == "none" and hasattr(module, "reset_parameters"):
@@ -739,7 +743,7 @@ def hub_backbone(name, weights):
 
 
 def torchvision_backbone(name, weights):
-    with explain("--weights imagenet", "not downloaded, use --weights FILE"):
+    with explain("--weights imagenet", "not downloaded, use --weights FILE, or none"):
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
     if weights not in ("imagenet", "none"):
@@ -790,8 +794,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_TORCHVISION
-        remedy = (f"needed: (B, 3, {size}, {size}) -> (B, features), finite float32; another "
-                  "--image-size?")
+        remedy = f"needed: a tensor (B, features), finite float32, of (B, 3, {size}, {size})"
         with torch.no_grad(), explain(f"--backbone {backbone}, --image-size {size}", remedy):
             output = self.eval().backbone(torch.zeros(2, 3, size, size))
             if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
@@ -1394,9 +1397,9 @@ def print_results(args):
     for result in results:
         clean, replaced, background = (
             result.figures[heading][0] for heading in ("clean", "replaced", "background only"))
-        print(f"With other backgrounds {row_name(result.loss, result.kind)} loses "
-              f"{100 * max(0, clean - replaced) / max(clean, 1e-9):.0f} % of its MAP@R; on "
-              f"backgrounds alone it still reaches {background:.1f} %.")
+        lost = f"{100 * (clean - replaced) / clean:.0f} %" if clean > replaced else "nothing"
+        print(f"With other backgrounds {row_name(result.loss, result.kind)} loses {lost} of its "
+              f"MAP@R; on backgrounds alone it still reaches {background:.1f} %.")
     print(f"all metrics: {run / 'result.json'}")
 
 

@@ -328,6 +328,7 @@ def draw_grid(rows, columns, file):
         draw.text((0, top + px + TEXT), caption, "black", font, anchor="lm")
         top += height
     bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
+    print(f"picture: {file}")
 
 
 def draw_attention(pair, scores, images, file, *, worst):
@@ -417,7 +418,8 @@ def draw_neighbours(pair, images, file, *, worst):
                 cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
             clean, new = (int(right[kind][key][q].sum()) for key in ("clean", "replaced"))
             shown = len(right[kind]["replaced"][q])
-            lines.append((cells, f"{TITLES[kind]}: {new} of {shown} right on the new background, "
+            title = TITLES[kind] if pair[kind].args.epochs else "as it is"
+            lines.append((cells, f"{title}: {new} of {shown} right on the new background, "
                                  f"{clean} on its own    {name}"))
             cells, name = [BLANK] * 3, ""  # the second row shows the same query
     draw_grid(lines, 3 + NEIGHBOURS, file)
@@ -506,10 +508,11 @@ def finished_pairs(args):
         bgbias.read_result(Path(folder))  # a damaged or renamed run is refused before the work
     pairs = pair_up(load_run(folder, args.device) for folder in finished)
     picture = args.figure or args.neighbours
-    if picture and (len(pairs) > 1 or picture.suffix != ".png" or not picture.parent.is_dir()
-                    or args.figure and len(finished) < 2):
-        raise UserError(f"{picture}: give a .png in a folder that exists, and one base and one "
-                        "BGAugment run of the same dataset, loss and seed (--neighbours: or one)")
+    if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
+        raise UserError(f"{picture}: give the name of a .png in a folder that exists")
+    if picture and (len(pairs) > 1 or args.figure and len(finished) < 2):
+        raise UserError(f"{', '.join(finished)}: a picture is of one base and one BGAugment run of "
+                        "the same dataset, loss and seed (--neighbours: or of one run)")
     return pairs
 
 

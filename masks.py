@@ -48,7 +48,7 @@ def rembg_model(name):
         from rembg import new_session, remove  # here, because this import takes long
     with explain(f"--model {name}: no download, or a broken file",
                  "get it from github.com/danielgatis/rembg/releases/tag/v0.0.0 and put it, as "
-                 f"{name}.onnx, into the folder that U2NET_HOME names (else ~/.u2net)"):
+                 f"{name}.onnx, into a folder, and name that in U2NET_HOME"):
         session = new_session(name)  # always named: rembg's default is another model than u2net
     print(f"{name} on {session.inner_session.get_providers()[0]}", flush=True)
 
@@ -172,7 +172,8 @@ def suspicious_first(outcomes):
     shown = [outcome for outcome in outcomes if outcome.state not in FAULTS]
     random.Random(0).shuffle(shown)
     shown.sort(key=lambda outcome: outcome.state != "suspicious")
-    return [(image, open_mask(mask), str(image)) for _, image, mask, _ in shown[:SHEET]]
+    return [(outcome.image, open_mask(outcome.mask), "/".join(outcome.image.parts[-2:]))
+            for outcome in shown[:SHEET]]
 
 
 def contact_sheet(entries, out):

@@ -432,7 +432,9 @@ def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
     for order, name in ((runs, "a.png"), (runs[::-1], "b.png")):
         flags = ["--figure", str(tmp_path / name), "--images", "2", "--worst"]
         ea.main([*map(str, order), "--device", "cpu", *flags])
-        shown.append((capsys.readouterr().out, (tmp_path / name).read_bytes()))
+        out = capsys.readouterr().out
+        assert out.endswith(f"picture: {tmp_path / name}\n")
+        shown.append((out.replace(name, ""), (tmp_path / name).read_bytes()))
     assert shown[0] == shown[1]
     names = [line.split("|")[1].strip() for line in shown[0][0].splitlines()[2:4]]
     assert names == [run.name for run in runs]
@@ -902,8 +904,8 @@ def test_error_same_run_twice(capsys, runs, tmp_path):
 def test_error_figure(capsys, runs, tmp_path):
     line = error_of(capsys, runs[0], "--figure", tmp_path / "a.png")
     assert "one base and one BGAugment run" in line
-    assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "a.jpg")
-    assert "give a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
+    assert "name of a .png" in error_of(capsys, *runs, "--figure", tmp_path / "a.jpg")
+    assert "name of a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
     wanted = ("--figure", tmp_path / "a.png", "--images", "nothing.jpg")
     assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *wanted)
     wanted = ("--figure", tmp_path / "a.png", "--images", "0")
@@ -919,7 +921,7 @@ def test_error_name_of_a_picture_before_the_work(capsys, runs, tmp_path, monkeyp
     monkeypatch.setattr(ea, "network_of", no_work)
     (tmp_path / "photos.png").touch()
     line = error_of(capsys, *runs, flag, tmp_path / name)
-    assert f"{tmp_path / name}: give a .png in a folder that exists" in line
+    assert f"{tmp_path / name}: give the name of a .png in a folder that exists" in line
 
 
 def test_error_neighbours(capsys, runs, sellers, tmp_path):

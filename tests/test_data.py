@@ -231,7 +231,7 @@ def test_what_is_missing_is_named(shop):
     own = str(shop / "shop")
     mask = shop / "shop/masks/c3/p1.png"
     mask.unlink()
-    message = f"{mask}: missing mask, one of 1; run: python masks.py --dataset {own} --data data"
+    message = f"{mask}: missing mask, one of 1; run: python masks.py --dataset {own} \\("
     with pytest.raises(UserError, match=message):
         load_splits(own)
     assert split_sizes(load_splits(own, need_masks=False)) == [12, 4, 20]

@@ -414,7 +414,7 @@ def test_error_weights(root, tmp_path, capsys, content):
 
 # ---- Odd networks --------------------------------------------------------------------------------
 
-EXPECTED = f"needed: (B, 3, {SIZE}, {SIZE}) -> (B, features), finite"
+EXPECTED = f"needed: a tensor (B, features), finite float32, of (B, 3, {SIZE}, {SIZE})"
 
 
 @pytest.mark.parametrize("flags", [AS_IT_IS, "--epochs 1"])
@@ -461,7 +461,7 @@ def test_error_hubconf(root, tmp_path, capsys, text, came):
     line = failure(capsys, root, f"{AS_IT_IS} --backbone {tmp_path}/odd:net")
     start, _, rest = line.partition(f"--backbone {tmp_path}/odd:net: ")
     reason, _, remedy = rest.partition("; ")
-    assert came in reason and remedy.startswith("give REPO:NAME, NAME a function in the hubconf.py")
+    assert came in reason and remedy.startswith("needed: REPO:NAME, NAME a function that returns the network")
 
 
 @pytest.mark.parametrize("backbone", ["empty:net", "gone:net", ":net", "empty:"])
@@ -494,5 +494,5 @@ def test_error_image_size(root, tmp_path, capsys):
     line = failure(capsys, root, f"{flags} --image-size 24")
     assert f"--backbone {tmp_path}/fixed:fixed, --image-size 24: " in line
     assert "2x1728 and 768x8" in line
-    assert "needed: (B, 3, 24, 24)" in line and "another --image-size?" in line
+    assert "--image-size 24: " in line and "of (B, 3, 24, 24)" in line
     assert "map@r" in result(finish(root, flags, "fixed"))["test"]["clean"]

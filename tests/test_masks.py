@@ -404,7 +404,7 @@ def test_a_model_that_cannot_be_downloaded(dataset, model, monkeypatch, capsys):
     code, _, err = run(capsys, "--dataset", dataset, "--model", "u2netp")
     line = err.splitlines()[-1]  # those before are the downloader's
     assert code == 2 and line.startswith("masks.py: error: --model u2netp: ")
-    assert "put it, as u2netp.onnx, into the folder that U2NET_HOME names" in line
+    assert "put it, as u2netp.onnx, into a folder, and name that in U2NET_HOME" in line
     assert not (dataset / "masks").exists()
 
 
@@ -412,7 +412,7 @@ def test_a_model_file_that_is_none(dataset, model, capsys):
     (model / "u2net.onnx").write_text("<html>404</html>")
     code, _, err = run(capsys, "--dataset", dataset)
     assert code == 2 and err.startswith("masks.py: error: --model u2net: ")
-    assert "put it, as u2net.onnx, into the folder" in err and err.count("\n") == 1
+    assert "put it, as u2net.onnx, into a folder" in err and err.count("\n") == 1
 
 
 def test_without_rembg(dataset, monkeypatch, capsys):

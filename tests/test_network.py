@@ -329,7 +329,7 @@ def test_errors_name_the_flag_and_the_file(tmp_path):
             ("smallconv", "imagenet", 64, "--weights imagenet: smallconv has none"),
             ("resnet19", "none", 64, "--backbone resnet19: not bninception, smallconv, in torchvision.models or REPO:NAME"),
             ("fcn_resnet50", "none", 64, "--backbone fcn_resnet50: not bninception"),
-            ("vit_b_16", "none", 64, "--backbone vit_b_16, --image-size 64: .*another --image-size"),
+            ("vit_b_16", "none", 64, "--backbone vit_b_16, --image-size 64: .*Expected 224"),
             ("squeezenet1_1", "none", 16, "--backbone squeezenet1_1, --image-size 16: ")]:
         with pytest.raises(UserError, match=message) as error:
             Embedder(backbone, str(weights), size)

@@ -296,7 +296,7 @@ def end_of_run(root, flags, capsys):
 
 
 def sentence(name, lost, background="3.0"):
-    return (f"With other backgrounds {name} loses {lost} % of its MAP@R; on backgrounds alone it still "
+    return (f"With other backgrounds {name} loses {lost} of its MAP@R; on backgrounds alone it still "
             f"reaches {background} %.")
 
 
@@ -311,7 +311,7 @@ def test_end_of_a_run_beside_its_sibling(tmp_path, capsys, monkeypatch):
         "triplet": {"clean": "25.00", "replaced": "10.00", **others, BAR: "         ○━━━━━━━━━━━━━●"},
         "triplet + BGAugment": {"clean": "20.00", "replaced": "15.00", **others,
                                 BAR: "              ○━━━●     "}}
-    assert lines == [sentence("triplet", 60), sentence("triplet + BGAugment", 25),
+    assert lines == [sentence("triplet", "60 %"), sentence("triplet + BGAugment", "25 %"),
                      f"all metrics: {run}/result.json"]
 
 
@@ -319,7 +319,7 @@ def test_end_of_a_run_without_a_sibling(tmp_path, capsys):
     run = make_run(tmp_path, "toy-arcface-bgaugment-s7", 0.0, 0.0)
     before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --seed 7", capsys)
     assert before == "" and list(table) == ["arcface + BGAugment"]
-    assert lines == [sentence("arcface + BGAugment", 0),  # of nothing, no share is lost
+    assert lines == [sentence("arcface + BGAugment", "nothing"),  # of nothing, no share is lost
                      f"all metrics: {run}/result.json"]
 
 
@@ -327,7 +327,7 @@ def test_end_of_a_run_that_loses_nothing(tmp_path, capsys):
     run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.3)
     _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
     assert (table["arcface"]["clean"], table["arcface"]["replaced"]) == ("20.00", "30.00")
-    assert lines == [sentence("arcface", 0), f"all metrics: {run}/result.json"]
+    assert lines == [sentence("arcface", "nothing"), f"all metrics: {run}/result.json"]
 
 
 @pytest.mark.parametrize("flags, tested, what", [
@@ -338,7 +338,7 @@ def test_only_comparable_siblings_are_beside_a_run(tmp_path, capsys, flags, test
     other = make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags=flags, tested=tested)
     before, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
     assert before == f"{other}: not comparable, {what}\n" and list(table) == ["arcface"]
-    assert lines == [sentence("arcface", 50), f"all metrics: {run}/result.json"]
+    assert lines == [sentence("arcface", "50 %"), f"all metrics: {run}/result.json"]
 
 
 def test_end_of_an_unusual_run(tmp_path, capsys):
@@ -347,7 +347,7 @@ def test_end_of_an_unusual_run(tmp_path, capsys):
         run = make_run(tmp_path, f"toy-arcface-{kind}-s42", 0.2, 0.1, flags="--lr 1")
     before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --lr 1", capsys)
     assert before == "" and list(table) == ["arcface *", "arcface + BGAugment *"]
-    assert lines == ["* --lr 1.0", sentence("arcface", 50), sentence("arcface + BGAugment", 50),
+    assert lines == ["* --lr 1.0", sentence("arcface", "50 %"), sentence("arcface + BGAugment", "50 %"),
                      f"all metrics: {run}/result.json"]
 
 
@@ -364,7 +364,7 @@ def test_end_of_a_test_of_the_untrained_network(tmp_path, capsys):
     run = make_run(tmp_path, *args, flags="--epochs 0").rename(tmp_path / "toy-untrained-base-s42")
     before, table, lines = end_of_run(tmp_path, "--loss arcface --epochs 0", capsys)
     assert before == "" and list(table) == ["the network as it is *"]
-    assert lines == ["* --epochs 0", sentence("the network as it is", 50), f"all metrics: {run}/result.json"]
+    assert lines == ["* --epochs 0", sentence("the network as it is", "50 %"), f"all metrics: {run}/result.json"]
     assert list(read_table(report(tmp_path, capsys)[1], "toy")) == ["contrastive", "the network as it is *"]
 
 
