@@ -14,16 +14,15 @@ from conftest import ROOT
 def results(tmp_path_factory, toy):
     """Test figures of a shortened base and BGAugment run, and of the untrained network."""
     folder = tmp_path_factory.mktemp("effect")
-    found = {}
-    for name, flags in {"base": [], "bgaugment": ["--bgaugment"],
-                        "untrained": ["--epochs", "0"]}.items():
-        flags = ["--epochs", "4", "--device", "cpu", "--data", toy.parent, *flags]
-        subprocess.run([sys.executable, ROOT / "bgbias.py", *flags], cwd=folder, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # busy cores make two threads crawl
-        kind = "bgaugment" if name == "bgaugment" else "base"
-        loss = "untrained" if name == "untrained" else "contrastive"
-        found[name] = json.loads((folder / f"runs/toy-{loss}-{kind}-s42/result.json").read_text())["test"]
-    return found
+    flags = {"contrastive-base": [], "contrastive-bgaugment": ["--bgaugment"],
+             "untrained-base": ["--epochs", "0"]}
+    started = [subprocess.Popen([sys.executable, ROOT / "bgbias.py", "--epochs", "4", "--device", "cpu", "--data",
+                                 toy.parent, *more], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+               for more in flags.values()]
+    assert [run.wait() for run in started] == [0, 0, 0]
+    base, bgaugment, untrained = (
+        json.loads((folder / f"runs/toy-{name}-s42/result.json").read_text())["test"] for name in flags)
+    return {"base": base, "bgaugment": bgaugment, "untrained": untrained}
 
 
 def percent(scores):
