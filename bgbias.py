@@ -499,8 +499,8 @@ class Batches(torch.utils.data.Dataset):
     """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
     Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
-    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; the validations of
-    all epochs are numbered through, items_a_pass items each. Backgrounds are drawn with replacement
+    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; item
+    e * items_a_pass + i is the i-th of epoch e, both from 0. Backgrounds are drawn with replacement
     from `pool` and always take the training transform, in evaluation too (Section 4).
     """
 
@@ -823,7 +823,7 @@ class Embedder(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        # BatchNorm keeps ImageNet's statistics; only its affine weights train.
+        # BatchNorm keeps the statistics it came with, ImageNet's; only its affine weights train.
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -870,8 +870,8 @@ def triplet(embeddings, labels, weight=None, *, margin):
 
 
 def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
-    """mean_a log(1 + sum_p exp(alpha (base - s_ap))) / alpha
-            + log(1 + sum_n exp(beta (s_an - base))) / beta  (Wang et al. 2019, without miner)"""
+    """mean_a [log(1 + sum_p exp(alpha (base - s_ap))) / alpha
+             + log(1 + sum_n exp(beta (s_an - base))) / beta]  (Wang et al. 2019, without miner)"""
     s = embeddings @ embeddings.T
     pos, neg = pairs(labels)
 
@@ -907,7 +907,7 @@ LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": mu
 
 # ---- 7. Metrics ----------------------------------------------------------------------------------
 
-GROUP = 32  # of largest()
+GROUP = 32  # values, of which largest() first looks at the maximum
 
 
 @torch.no_grad()
@@ -950,8 +950,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             near.scatter_(1, q[:, None], -math.inf)  # an item is no neighbour of its own
             right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
             right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # At least as near as a right item of rank <= R are at most R right items, itself one of
-            # them, and R - 1 wrong ones. So the 2 R nearest tell the ranks up to R.
+            # If a right item has rank <= R, at most R right and R - 1 wrong items are at least as
+            # near. So the 2 R nearest contain them all, and tell the ranks up to R.
             best = largest(near, min(2 * R, near.shape[1]))
             hits = torch.arange(1, R + 1, device=q.device)
             ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R) exact up to R
@@ -1462,7 +1462,7 @@ def parse_args(argv=None):
         "runs NAME() of the hubconf.py in a folder or GitHub's owner/repo" + default)
     add("--weights", help="imagenet (REPO:NAME: its own), none (random) or a file" + default)
     add("--embedding", type=number(0), default=EMBEDDING,
-        help="size of the embedding; 0: the backbone's features as they are" + default)
+        help="size of the embedding; 0: the backbone's features, at unit length" + default)
     add("--image-size", type=number(16), help="side of the crops, px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
     add("--workers", type=number(0), help="processes preparing batches [up to 8 for a GPU, else 0]")
@@ -1481,6 +1481,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)
+    args.dataset = args.dataset.rstrip("/") or "/"  # photos and photos/ are one run
     args.hparams = hparams_of(args)  # in config.json: they make a run what it is
     args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                     if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
