@@ -1481,7 +1481,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
         parser.set_defaults(weights=args.weights)
-    args.dataset = args.dataset.rstrip("/") or "/"  # photos and photos/ are one run
     args.hparams = hparams_of(args)  # in config.json: they make a run what it is
     args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
                     if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
