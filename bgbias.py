@@ -312,7 +312,7 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
         raise UserError(f"{mask}: would be the mask of two photos; rename one of them")
     needed = {"image": (images, f"unpack {root} again")}
     if need_masks:
-        where = f" --data {data}" if dataset in PLACES else ""
+        where = f" --data {data}" if dataset in SPLITS else ""
         needed["mask"] = (masks, f"run: python masks.py --dataset {dataset}{where} (with the "
                           "--model of the others)")
     for what, (paths, remedy) in needed.items():
@@ -1263,11 +1263,10 @@ def read_result(run):
                     raise ValueError(f"its {heading} is {mean} ± {std}")
                 figures[heading] = 100 * mean, 100 * std
         figures["clean"], figures["replaced"]  # a KeyError if one lacks
-        loss = args.loss if args.epochs else "untrained"
         if args.hparams != hparams_of(args):
             args.unusual.append(f"HPARAMS {args.hparams}")
-        result = Result(dataset_name(args.dataset), str(saved["tested"]), loss, kind, figures,
-                        " ".join(args.unusual))
+        result = Result(dataset_name(args.dataset), str(saved["tested"]), loss_name(args), kind,
+                        figures, " ".join(args.unusual))
     with contextlib.suppress(Exception):  # damaged, or none yet: the row has no attention then
         attention = json.loads((run / "attention.json").read_text())
         if math.isfinite(attention["mean"] + attention["std"]):
@@ -1517,9 +1516,14 @@ def dataset_name(dataset):
     return f"{name}-folder" if name in SPLITS else name
 
 
+def loss_name(args):
+    """What folders and tables call it; a run of no epochs has none."""
+    return args.loss if args.epochs else "untrained"
+
+
 def run_folder(args, kind):
-    loss = args.loss if args.epochs else "untrained"
-    return Path(args.runs, f"{dataset_name(args.dataset)}-{loss}-{kind}-s{args.seed}")
+    name = f"{dataset_name(args.dataset)}-{loss_name(args)}-{kind}-s{args.seed}"
+    return Path(args.runs, name)
 
 
 def check_config(args, run):
@@ -1587,8 +1591,7 @@ def main(argv=None):
         state.load(run / "last.pt")
     else:
         write_config(args, run)
-    loss = args.loss if args.epochs else "untrained"
-    print(f"{dataset_name(args.dataset)} · {row_name(loss, kind)} · seed {args.seed} · "
+    print(f"{dataset_name(args.dataset)} · {row_name(loss_name(args), kind)} · seed {args.seed} · "
           f"{args.backbone}, {args.image_size} px · {args.device} · {run}"
           + (f" · after epoch {state.epochs}" if begun else ""), flush=True)
     if not finished(state, args):

@@ -396,7 +396,7 @@ def draw_neighbours(pair, images, file, *, worst):
     right = {}
     for kind, near in found.items():
         right[kind] = {key: labels[near[key]] == labels[rows][:, None] for key in near}
-    queries = list(range(len(rows)))
+    queries = range(len(rows))
     if worst:
         hits = right[next(iter(pair))]
         queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:count, 0].tolist()
@@ -498,6 +498,11 @@ def parse_args(argv=None):
 def finished_pairs(args):
     """pair_up() of the finished runs among the arguments. Raises UserError if there are none, or if
     the picture asked for cannot be drawn of them."""
+    picture = args.figure or args.neighbours
+    if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
+        raise UserError(f"{picture}: give the name of a .png in a folder that exists")
+    if args.worst and not args.images.isdecimal():
+        raise UserError("--worst: picks the images itself; give --images a number")
     finished = [folder for folder in args.runs if Path(folder, "result.json").exists()]
     if not finished:
         raise UserError(f"{args.runs[0]}: no finished run; give folders that have a result.json")
@@ -507,9 +512,6 @@ def finished_pairs(args):
     for folder in finished:
         bgbias.read_result(Path(folder))  # a damaged or renamed run is refused before the work
     pairs = pair_up(load_run(folder, args.device) for folder in finished)
-    picture = args.figure or args.neighbours
-    if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
-        raise UserError(f"{picture}: give the name of a .png in a folder that exists")
     if picture and (len(pairs) > 1 or args.figure and len(finished) < 2):
         raise UserError(f"{', '.join(finished)}: a picture is of one base and one BGAugment run of "
                         "the same dataset, loss and seed (--neighbours: or of one run)")
@@ -518,8 +520,6 @@ def finished_pairs(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.worst and not args.images.isdecimal():
-        raise UserError("--worst: picks the images itself; give --images a number")
     pairs = finished_pairs(args)
     if args.neighbours:
         pair, = pairs.values()

@@ -929,6 +929,8 @@ def test_error_neighbours(capsys, runs, sellers, tmp_path):
     assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *flags, "nothing.jpg")
     assert "--images 0: no test image" in error_of(capsys, *runs, *flags, "0")
     assert "--images : no test image" in error_of(capsys, *runs, *flags, "")
+    line = error_of(capsys, *runs, *flags, "class_4/1.png", "--worst")
+    assert line.endswith("--worst: picks the images itself; give --images a number")
     assert "one base and one BGAugment run" in error_of(capsys, runs[0], sellers[1], *flags, "1")
     assert not (tmp_path / "a.png").exists()
 

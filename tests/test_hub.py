@@ -464,12 +464,13 @@ def test_error_hubconf(root, tmp_path, capsys, text, came):
     assert came in reason and remedy.startswith("needed: REPO:NAME, NAME a function that returns the network")
 
 
-@pytest.mark.parametrize("backbone", ["empty:net", "gone:net", ":net", "empty:"])
+@pytest.mark.parametrize("backbone", ["empty:net", "gone:net", "./gone:net", ":net", "empty:"])
 def test_error_no_hubconf(root, tmp_path, capsys, monkeypatch, backbone):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     line = failure(capsys, root, f"{AS_IT_IS} --backbone {backbone}")
     assert f"--backbone {backbone}: " in line and "hubconf.py" in line
+    assert "internet" not in line  # a misspelt folder is not looked for on GitHub
 
 
 def test_error_network_gone(root, as_it_is, tmp_path, capsys):
