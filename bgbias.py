@@ -2,33 +2,33 @@
 replaces the backgrounds of its test images, and measures how much of the retrieval is lost. After
 Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
-    python bgbias.py                                # toy data, contrastive loss, a minute or two
-    python bgbias.py --bgaugment                    # the same, backgrounds replaced in training
+    python bgbias.py                                # toy data, contrastive loss, about a minute
+    python bgbias.py --bgaugment                    # the same, with BGAugment
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
     python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-Every default is the paper's; toy has its own (DEFAULTS). A run lives in the folder
-RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>/ with config.json, log.jsonl, last.pt, best.pt and,
-written last, result.json. The same command goes on with a run that was stopped, after its last
-whole epoch. To start over, delete the run's folder; to test it again, delete its result.json.
+The defaults are the paper's, except for the toy set, which has its own (DEFAULTS). A run is its
+folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
+default. It holds config.json, log.jsonl, last.pt, best.pt and, written last, result.json. The same
+command resumes an interrupted run after its last complete epoch.
 
-The sections below follow the paper:
-    1. constants        splits, hyper-parameters, the paper's results (Section 4)
-    2. data             three datasets, a folder of your own, the embedded toy set (Section 4.1)
+The sections follow the paper:
+    1. constants        splits, the paper's results, defaults (Section 4)
+    2. data             three datasets, a folder of your own, the toy set (Section 4.1)
     3. batches          crops, background replacement, BGAugment (Sections 3 and 5)
     4. sampler          m images of each class in a batch (Section 4)
     5. network          BN-Inception + Linear(1024, 128) + L2 normalisation (Section 4)
-    6. losses           five of them (Section 4.2)
+    6. losses           five losses and their hyper-parameters (Section 4.2)
     7. metrics          MAP@R, R-precision, Recall@K (Section 4.3)
-    8. test protocol    clean, replaced, and what a shop would ask (Section 4.3)
+    8. test protocol    clean and replaced backgrounds, and three more conditions (Section 4.3)
     9. training         epochs, selection, checkpoints (Section 4)
    10. tables           ours beside the paper's (Sections 4.3 and 5)
    11. command line
 
 Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
-A mask is (B, 1, H, W) in [0, 1], soft, and 1 = foreground, everywhere.
-A comment tagged DIFF marks what the authors' code does differently; the README lists the same.
+Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
+A comment with the tag DIFF marks a difference from the authors' code. The README lists them all.
 """
 
 import argparse
@@ -37,16 +37,17 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 import time
-import zipfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -68,66 +69,11 @@ SPLITS = {
 }
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
-POOL = 100  # background photos in each of val/ and test/
+POOL_SIZE = 100  # background photos in each of val/ and test/
 
-# The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper took over.
-# Margins are distances (contrastive), differences of distances (triplet), degrees (arcface);
-# lr_loss is the learning rate of the class weights. A folder of the user's own takes Cars196's.
-HPARAMS = {
-    "cars196": {
-        "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
-        "triplet": dict(margin=0.11902737154413517),
-        "multi_similarity": dict(alpha=14.358760978642266, beta=75.83486384086837,
-                                 base=0.6615555839124118),
-        "arcface": dict(margin=20.52230893710211, scale=49.501652066223656,
-                        lr_loss=7.398518179078544e-06),
-        "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
-    },
-    "cub200": {
-        # The negative margin is no typo: every positive pair then has a loss above 0, so nzmean(),
-        # the mean over the terms above 0, is over all of them.
-        "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
-        "triplet": dict(margin=0.09610074859813894),
-        "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
-                                 base=0.5624815816186126),
-        "arcface": dict(margin=23.225935497468093, scale=99.99999999999999,
-                        lr_loss=0.0051384088179694),
-        "normalized_softmax": dict(temperature=0.10874714987070239, lr_loss=0.004468915155818225),
-    },
-    "sop": {
-        "contrastive": dict(pos_margin=0.2850258234628094, neg_margin=0.5130146609636679),
-        "triplet": dict(margin=0.04519248868248313),
-        "multi_similarity": dict(alpha=8.492496310524517, beta=57.38862611417401,
-                                 base=0.41673621630849955),
-        "arcface": dict(margin=18.63185573324141, scale=220.36285192573413,
-                        lr_loss=0.0020186601854510562),
-        "normalized_softmax": dict(temperature=0.06306243924788482, lr_loss=0.0005468337161961759),
-    },
-    "toy": {  # ours
-        "contrastive": dict(pos_margin=0.2, neg_margin=0.7),
-        "triplet": dict(margin=0.2),
-        "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
-        "arcface": dict(margin=10.0, scale=16.0, lr_loss=0.01),
-        "normalized_softmax": dict(temperature=0.1, lr_loss=0.01),
-    },
-}
-
-Published = namedtuple("Published", "clean replaced replaced_std attention attention_std")
-
-
-def read_paper(text):
-    """{dataset: {loss: {"base": Published, "bgaugment": Published}}}"""
-    tables = defaultdict(dict)
-    for line in text.strip().splitlines():
-        dataset, loss, *numbers = line.split()
-        base, bgaugment = np.array(numbers, float).reshape(2, 5).tolist()
-        tables[dataset][loss] = {"base": Published(*base), "bgaugment": Published(*bgaugment)}
-    return dict(tables)
-
-
-# The paper's results, base and then BGAugment: test MAP@R in %, on clean photos and with replaced
-# backgrounds, its standard deviation over the draws; attention score, its own over the images.
-PAPER = read_paper("""
+# The paper's results, base and then BGAugment: test MAP@R in %, clean; replaced, ± over the draws;
+# attention score, ± over the images.
+PAPER = {tuple(row.split()[:2]): [float(number) for number in row.split()[2:]] for row in """
 cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
 cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
 cars196  multi_similarity    18.80  16.25 0.06  0.52 0.09    15.61  15.48 0.05  0.50 0.09
@@ -143,9 +89,9 @@ sop      triplet             36.71   6.05 0.06  0.08 0.17    29.63  21.39 0.07  
 sop      multi_similarity    39.65   6.51 0.06  0.11 0.17    32.67  24.00 0.07  0.28 0.19
 sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  0.26 0.17
 sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
-""")
+""".strip().splitlines()}
 
-DEFAULTS = {  # of those flags that differ between the paper's setup and toy
+DEFAULTS = {  # the flags whose defaults differ between the paper's setup and toy
     "paper": dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
                   weights="imagenet"),
     "toy": dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
@@ -155,41 +101,26 @@ RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResizedCrop, Section 4
-DRAWS = 5  # draws of random backgrounds at test time; validation draws once an epoch
-RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; of all others 1, 2, 4, 8
-EVAL_BATCH = 32  # photos; no figure depends on it
-LEAVE_FREE = 0.1  # share of the machine's memory that decoded photos leave to others
-WORKER_TIMEOUT = 60  # seconds
+DRAWS = 5  # draws of random backgrounds in the test; a validation draws once
+RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; the other datasets have 1, 2, 4, 8
+EVAL_BATCH = 32  # photos; no result depends on it
+LEAVE_FREE = 0.1  # fraction of the memory that decoded photos leave free
+WORKER_TIMEOUT = 120  # seconds; without a timeout, a full /dev/shm would be an endless wait
 
-# Every random number gets a seed of its own from the run's seed, its purpose and its position, so a
-# run that goes on after a stop needs no saved random state.
-INIT, TRAIN, VAL, TEST, DROPOUT = range(5)
+# Every random number has its own seed, derived from the run's seed, a purpose and a position. So a
+# resumed run needs no saved random state.
+INIT, TRAIN, VAL, TEST, STEP = range(5)
 
-# Network input: channel order, mean, standard deviation, for pixels in [0, 255].
+# Network input: channel order, mean and standard deviation, for pixels in [0, 255].
 BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
-RGB_TORCHVISION = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which paints over a part of a photo
 
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 
 
 class UserError(Exception):
-    """Something the user can mend: one line on stderr, exit code 2."""
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:150] or repr(error)
-
-
-@contextlib.contextmanager
-def explain(subject, remedy):
-    """Any error inside becomes a UserError: what it is about, the reason, and what to do. For the
-    reading and writing of files and the work of libraries, which raise nearly anything."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or "DataLoader" in str(error):  # a worker that died
-            raise
-        raise UserError(f"{subject}: {one_line(error)}; {remedy}") from error
+    """A user error: it is printed as one line, and the exit code is 2."""
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -197,17 +128,16 @@ def explain(subject, remedy):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# One of these, in DATA or one folder deeper, shows where a dataset is: its root is what holds it.
+# What a dataset is recognised by, in DATA or one folder deeper. Its root is the containing folder.
 PLACES = {
     "cars196": ("car_ims", "cars_train"),
     "cub200": ("CUB_200_2011/images",),
     "sop": ("Stanford_Online_Products/Ebay_train.txt",),
 }
-BROKEN_LIST = "this list of the dataset is missing or broken, get it again; see README, Data"
 
 
 def dataset_root(dataset, data):
-    """The folder of `dataset`: a named one in `data`, or the user's own. Raises UserError."""
+    """The folder of a dataset: a named one in `data`, or the user's own. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
     for place in PLACES.get(dataset, ()):
@@ -215,11 +145,11 @@ def dataset_root(dataset, data):
             if found.exists():
                 return found.parent
     if dataset in PLACES:
-        raise UserError(f"--data {data}: no {dataset}, looked in it and one folder deeper for "
-                        f"{' or '.join(PLACES[dataset])}; see README, Data")
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
+                        "folder deeper; see README, Data and masks")
     if not Path(dataset, "images").is_dir():
-        raise UserError(f"--dataset {dataset}: neither {', '.join(SPLITS)} nor a folder with "
-                        "images/<class>/ in it")
+        raise UserError(f"--dataset {dataset}: not a folder that contains images/<class>/; give "
+                        f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
@@ -227,27 +157,25 @@ def list_cars196(root):
     """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
     from scipy.io import loadmat
 
-    test = "cars_test_annos_withlabels.mat"  # not part of the devkit: beside it or put into it
+    test = "cars_test_annos_withlabels.mat"  # not part of the devkit, so it is beside or in it
     test = test if (root / test).exists() else f"devkit/{test}"
-    lists = [("devkit/cars_train_annos.mat", "cars_train", "fname"), (test, "cars_test", "fname")]
+    files = [("devkit/cars_train_annos.mat", "cars_train", "fname"), (test, "cars_test", "fname")]
     if (root / "car_ims").is_dir():
-        lists = [("cars_annos.mat", "", "relative_im_path")]
+        files = [("cars_annos.mat", "", "relative_im_path")]
     listed = []
-    for file, folder, field in lists:
-        with explain(root / file, BROKEN_LIST), (root / file).open("rb") as mat:
-            rows = loadmat(mat, simplify_cells=True)["annotations"]
-            listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
+    for file, folder, field in files:
+        if not (root / file).is_file():
+            raise UserError(f"{root / file}: missing annotation file; see README, Data and masks")
+        rows = loadmat(root / file, simplify_cells=True)["annotations"]
+        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
     return listed
 
 
 def list_sop(root):
     """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
-    listed = []
-    for file in (root / "Ebay_train.txt", root / "Ebay_test.txt"):
-        with explain(file, BROKEN_LIST):
-            rows = [line.split() for line in file.read_text().splitlines()[1:]]
-            listed += [(root / path, int(label) - 1) for _, label, _, path in rows]
-    return listed
+    lines = [line for name in ("Ebay_train.txt", "Ebay_test.txt")
+             for line in (root / name).read_text().splitlines()[1:]]
+    return [(root / path, int(label) - 1) for _, label, _, path in map(str.split, lines)]
 
 
 def list_folder(root):
@@ -258,24 +186,22 @@ def list_folder(root):
 
 
 def list_photos(folder):
-    """Sorted paths of the photos in a folder; what begins with a dot is none."""
+    """Sorted paths of the photos in a folder. Hidden files are skipped."""
     return sorted(path for path in folder.glob("[!.]*")
                   if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
 
 
 def mask_path(root, image):
-    """The one rule: the mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png. Raises
-    ValueError for an image outside of ROOT."""
-    parts = image.relative_to(root).parts
-    if ".." in parts:
-        raise ValueError(f"{image} is not in {root}")
-    if parts[0] == "images":
-        parts = parts[1:]
-    return Path(root, "masks", *parts).with_suffix(".png")
+    """The mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
+    path = image.relative_to(root)
+    if path.parts[0] == "images":
+        path = path.relative_to("images")
+    return Path(root, "masks", path).with_suffix(".png")
 
 
 def split_classes(dataset, classes, training):
-    """{part: range of labels}; a user's folder is split 74 : 24 : 98, as Cars196, for training."""
+    """{split: range of labels}. For training, a user's folder is split 74 : 24 : 98, like Cars196;
+    without training, all its classes are for testing."""
     if dataset in SPLITS:
         return SPLITS[dataset]
     train = max(1, round(classes * 74 / 196)) if training else 0
@@ -284,82 +210,84 @@ def split_classes(dataset, classes, training):
 
 
 def load_splits(dataset, data="data", *, need_masks=True, training=True):
-    """{"train": Split, "val": Split, "test": Split} of a dataset, its files checked to be there.
-    Without `training`, all classes of a user's folder are for testing. Raises UserError naming what
-    lacks. Section 4.1."""
+    """{"train": Split, "val": Split, "test": Split} of a dataset. Without `training`, all classes
+    of a user's folder are for testing. Raises UserError if files are missing. Section 4.1."""
     root = dataset_root(dataset, data)
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
-    labels = np.array([label for _, label in listed], dtype=int)
+    images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
+    masks = [mask_path(root, image) for image in images]
     splits = {}
-    for part, classes in split_classes(dataset, len(np.unique(labels)), training).items():
+    for name, classes in split_classes(dataset, len(np.unique(labels)), training).items():
         rows = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
-        images = [listed[row][0] for row in rows]
-        with explain(f"{root}: a list of it names a file elsewhere", "get that list again"):
-            masks = [mask_path(root, image) for image in images]
-        splits[part] = Split(images, masks, labels[rows])
-    images = [path for split in splits.values() for path in split.images]
-    masks = [path for split in splits.values() for path in split.masks]
+        splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
+        largest_class = np.bincount(splits[name].labels, minlength=1).max()
+        if largest_class < 2 and (training or name == "test"):
+            raise UserError(f"{root}: no class has two photos for {name}; give it at least three "
+                            f"folders {root}/images/<class>/ of photos, or one with --epochs 0")
     counts = len(images), len(splits["test"].images)
     if counts != COUNTS.get(dataset, counts):
-        raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} for testing, instead of "
-                        "{:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
-    for part, split in splits.items():
-        if np.bincount(split.labels, minlength=1).max() < 2 and (training or part == "test"):
-            raise UserError(f"{root}: no class with two photos for {part}; it takes three folders "
-                            f"{root}/images/<class>/ of photos at least, or one with --epochs 0")
+        raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
+                        "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
     mask, photos = Counter(masks).most_common(1)[0]
     if photos > 1:
-        raise UserError(f"{mask}: would be the mask of two photos; rename one of them")
-    needed = {"image": (images, f"unpack {root} again")}
-    if need_masks:
-        where = f" --data {data}" if dataset in SPLITS else ""
-        needed["mask"] = (masks, f"run: python masks.py --dataset {dataset}{where} (with the "
-                          "--model of the others)")
-    for what, (paths, remedy) in needed.items():
+        raise UserError(f"{mask}: two photos share this mask; rename one of them")
+    where = f" --data {data}" if dataset in SPLITS else ""
+    needed = [("image", images, f"unpack {root} again"),
+              ("mask", masks, f"run: python masks.py --dataset {dataset}{where}")]
+    for what, paths, remedy in needed if need_masks else needed[:1]:
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]}: missing {what}, one of {len(missing):,}; {remedy}")
     return splits
 
 
-def open_rgb(path):
-    """The photo as PIL opens it (no EXIF rotation), 8-bit RGB. Raises UserError."""
-    with explain(f"{path}: no readable image", "replace or remove it"):
+def open_image(path):
+    """The decoded PIL image of a file, as it is stored. Raises UserError."""
+    try:
         image = Image.open(path)
-        if image.mode.startswith("I"):  # PIL clips 16 bits at 255 where it should divide
-            image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+        image.load()
+        return image
+    except Exception as error:  # Pillow raises nearly anything
+        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
+                        "the same name") from error
+
+
+def open_rgb(path):
+    """The photo as an 8-bit RGB PIL image. EXIF rotation is ignored. Raises UserError."""
+    image = open_image(path)
+    if image.mode.startswith("I"):  # Pillow clips 16 bits at 255 where it should divide
+        image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_mask(path):
-    """The mask as an 8-bit greyscale PIL image, 255 = foreground. Raises UserError for a file that
-    is no mask: another mode (but 1-bit and grey RGB are fine), or values 0 and 1."""
-    with explain(path, "delete it and run masks.py, or save 8-bit greyscale, 255 = foreground"):
-        mask = Image.open(path)
-        channels = mask.split()
-        if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
-            mask = channels[0]
-        if mask.mode not in ("1", "L"):
-            raise ValueError(f"no mask, its mode is {mask.mode} instead of L")
-        mask = mask.convert("L")
-        if mask.getextrema()[1] == 1:
-            raise ValueError("no mask, its largest value is 1")
-        return mask
+    """The mask as an 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files are
+    masks too. Raises UserError for colours, transparency, and the values 0 and 1."""
+    mask = open_image(path)
+    channels = mask.split()
+    if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
+        mask = channels[0]
+    if mask.mode not in ("1", "L") or mask.convert("L").getextrema()[1] == 1:
+        raise UserError(f"{path}: not a mask (mode {mask.mode}, largest value "
+                        f"{mask.getextrema()[-1]}); save it as 8-bit greyscale, 255 = foreground")
+    return mask.convert("L")
 
 
-def list_backgrounds(folder, part):
-    """Sorted paths of the pool FOLDER/val or FOLDER/test. Raises UserError."""
+def list_backgrounds(args, name):
+    """Sorted paths of the pool val or test in --backgrounds. Raises UserError."""
     # DIFF: backgrounds are sorted by name; in file-system order a seed would not fix the draws.
-    pool = list_photos(Path(folder, part))
-    if not pool:
-        raise UserError(f"--backgrounds {folder}: no photos in {Path(folder, part)}; it takes the "
-                        "folders val/ and test/ with photos, see README, Data")
+    pool = list_photos(Path(args.backgrounds, name))
+    papers = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
+    if not pool or papers and len(pool) != POOL_SIZE:
+        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
+                        f"{f' instead of {POOL_SIZE}' if papers else ''}; give a folder that "
+                        "contains val/ and test/ with photos")
     return pool
 
 
 # The toy set. Each class is one product (a random pattern) that one seller photographs, nearly
 # always in front of the same backdrop. So the backdrop predicts the class: the bias we want to see.
-# It is written once, in the layout of a user's own folder, so that all other code is the same.
+# The layout is that of a user's own folder, so the rest of the code treats it like one.
 
 
 def toy_texture(seed, size):
@@ -397,57 +325,68 @@ def toy_class(rng, photos=20, size=54, share=0.95):
         yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
 
 
+def draw_toy(root, seed):
+    pictures = {}
+    for label in range(SPLITS["toy"]["test"].stop):
+        for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
+            pictures[f"images/{label:03d}/{i:02d}.png"] = photo
+            pictures[f"masks/{label:03d}/{i:02d}.png"] = mask
+    for number, name in enumerate(("val", "test")):
+        for i in range(POOL_SIZE):
+            pictures[f"backgrounds/{name}/{i:02d}.png"] = toy_texture([seed, number, i, 1], 80)
+    for path, picture in pictures.items():
+        Path(root, path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(Path(root, path))
+
+
 def make_toy(root, seed=2022):
-    """Writes the toy set to `root`, unless it is there, and returns `root`. It is the same every
-    time, takes 10 s, and is there as a whole or not at all. Raises UserError."""
-    if root.exists():
-        return root
-    draft = draft_of(root)
-    try:
-        for label in range(SPLITS["toy"]["test"].stop):
-            photos, masks = draft / f"images/{label:03d}", draft / f"masks/{label:03d}"
-            photos.mkdir(parents=True)
-            masks.mkdir(parents=True)
-            for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
-                photo.save(photos / f"{i:02d}.png")
-                mask.save(masks / f"{i:02d}.png")
-        for number, part in enumerate(("val", "test")):
-            pool = draft / "backgrounds" / part
-            pool.mkdir(parents=True)
-            for i in range(POOL):
-                toy_texture([seed, number, i, 1], 80).save(pool / f"{i:02d}.png")
-        draft.rename(root)
-    except OSError as error:
-        if not root.exists():  # else another run was faster
-            raise UserError(f"{root}: could not be written ({error}); make room, or give another "
-                            "--data") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    """Writes the toy set to the folder `root`, unless it exists, and returns `root`. It is the same
+    every time and takes 10 s. It is renamed into place when complete."""
+    if not root.exists():
+        try:
+            write(root, lambda draft: draw_toy(draft, seed))
+        except OSError:
+            if not root.exists():  # otherwise another process was faster
+                raise
     return root
+
+
+def write(path, save):
+    """Calls save(draft) and renames the draft to `path`, so that `path` is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        save(draft)
+        draft.replace(path)
+
+
+def write_json(path, content):
+    write(path, lambda draft: draft.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 # ---- 3. Batches: decoding once, crops, background replacement ------------------------------------
 
 
 class Photos(torch.utils.data.Dataset):
-    """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), short side resized to
-    `short`. One tensor, so that every later crop and flip is the same for both. `masks` None:
-    (3, H, W). With `keep`, photos are decoded now and stay in memory, as many as it has room for;
-    the others are decoded at every use."""
+    """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), resized for crops of
+    `size` px. They are one tensor, so every crop and flip is the same for both. Without `masks`:
+    (3, H, W). With `keep`, photos are decoded now and stay in memory, as many as fit. The rest are
+    decoded on every access."""
 
-    def __init__(self, images, masks, short, *, keep=True):
-        self.images, self.masks, self.short = images, masks, short
+    def __init__(self, images, masks, size, *, keep=True):
+        self.images, self.masks = images, masks
+        self.short_side = round(RESIZE * size)
         self.kept = []
         if not keep:
             return
-        # DIFF: photos are resized once a run; the authors do it at every use, to the same end.
+        # DIFF: photos are resized once per run; the authors resize them on every access.
         with ThreadPoolExecutor() as threads:
             decoded = threads.map(self.decode, range(len(self)))
             for photo in tqdm(decoded, "decoding", len(self), leave=False, disable=None):
                 if free_memory() < LEAVE_FREE:
-                    print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay "
-                          "decoded, the others are decoded at every use (--workers helps)")
-                    threads.shutdown(cancel_futures=True)  # break alone leaves them at work
+                    print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay in "
+                          "memory, the rest are decoded on every access (--workers helps)")
+                    threads.shutdown(cancel_futures=True)  # the threads would decode the rest
                     break
                 self.kept.append(photo)
 
@@ -464,27 +403,22 @@ class Photos(torch.utils.data.Dataset):
             if planes[0].size != planes[1].size:
                 raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
                                 f"{planes[0].size}; delete it and run masks.py")
-        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short)) for plane in planes])
+        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
 
 
 def free_memory():
-    """The share of the machine's memory that Linux says can be had; 1 where nobody says."""
+    """Fraction of memory available; 1.0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
-        return kilobytes["MemAvailable:"] / kilobytes["MemTotal:"]
-    except (OSError, KeyError):
+    except OSError:  # not Linux
         return 1.0
-
-
-def short_side(crop):
-    """The short side, in px, to which a photo is resized before a crop of that size is taken."""
-    return round(RESIZE * crop)
+    kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
+    return kilobytes["MemAvailable:"] / kilobytes["MemTotal:"]
 
 
 def random_view(photo, size):
     """The training transform, RandomResizedCrop and flip: (., H, W) uint8 -> (., S, S) uint8."""
-    # DIFF: crops are resized as uint8 tensors, the authors' as PIL images: one level off at most.
+    # DIFF: crops are resized as uint8 tensors, not as PIL images; pixels differ by at most 1.
     box = torchvision.transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO)
     view = TF.resized_crop(photo, *box, [size, size], antialias=True)
     return TF.hflip(view) if torch.rand(()) < FLIP else view
@@ -500,16 +434,16 @@ class Batches(torch.utils.data.Dataset):
 
     Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
     random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; item
-    e * items_a_pass + i is the i-th of epoch e, both from 0. Backgrounds are drawn with replacement
-    from `pool` and always take the training transform, in evaluation too (Section 4).
+    e * items_per_pass + i is the i-th of epoch e, both from 0. Backgrounds are drawn with
+    replacement from `pool` and always take the training transform (Section 4).
     """
 
-    def __init__(self, *, photos, labels, size, seed, pool, draws, sampler=None):
+    def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
         self.size, self.seed = size, seed
         self.pool, self.draws = pool, draws
         self.sampler = sampler
-        self.items_a_pass = math.ceil(len(photos) / EVAL_BATCH)
+        self.items_per_pass = math.ceil(len(photos) / EVAL_BATCH)
 
     def plan(self, n):
         """[(index of a photo, seed of its random numbers)] of item n."""
@@ -517,7 +451,7 @@ class Batches(torch.utils.data.Dataset):
         if self.sampler:
             indices = self.sampler.batch((*self.seed, n))
             return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
-        epoch, item = divmod(n, self.items_a_pass)
+        epoch, item = divmod(n, self.items_per_pass)
         indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
         return [(index, (*self.seed, epoch, index)) for index in indices]
 
@@ -526,7 +460,7 @@ class Batches(torch.utils.data.Dataset):
         photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
         backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
         for k, (index, seed) in enumerate(plan):
-            torch.default_generator.manual_seed(seed_of(*seed))  # of torchvision's crops and ours
+            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it too
             photo = self.photos[index]
             photos[k] = (random_view(photo, self.size) if self.sampler
                          else TF.center_crop(photo, self.size))
@@ -536,29 +470,26 @@ class Batches(torch.utils.data.Dataset):
         return photos, backgrounds, self.labels[[index for index, _ in plan]]
 
 
-def loader(batches, args, items):
-    """Yields those items (a range) of `batches`, prepared ahead by --workers processes. Raises
-    UserError if they cannot be started; what ends them later is told in command()."""
+def make_batches(args, split, purpose, *, pool, draws, sampler=None):
+    """The Batches of a Split, with backgrounds from the pool val or test. Test photos are used
+    once, so they are not kept in memory."""
+    photos = Photos(split.images, split.masks, args.image_size, keep=purpose != TEST)
+    backgrounds = Photos(list_backgrounds(args, pool), None, args.image_size) if draws else None
+    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=backgrounds,
+                   seed=(args.seed, purpose), draws=draws, sampler=sampler)
+
+
+def loader(batches, args, items=None):
+    """Yields items of `batches` (a range of numbers; None: one evaluation pass) on the device.
+    --workers processes prepare them ahead."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
-    try:
-        yield from torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=items, num_workers=args.workers,
+    for item in torch.utils.data.DataLoader(
+            batches, batch_size=None, num_workers=args.workers,
+            sampler=range(batches.items_per_pass) if items is None else items,
+            timeout=WORKER_TIMEOUT if args.workers else 0,
             multiprocessing_context="fork" if fork and args.workers else None,
-            timeout=WORKER_TIMEOUT if args.workers else 0, worker_init_fn=quiet_worker,
-            pin_memory=args.device.startswith("cuda"))
-    except OSError as error:
-        raise UserError(f"--workers {args.workers}: {one_line(error)}; use fewer, or 0") from error
-
-
-def quiet_worker(worker):
-    """Ctrl-C reaches the workers too, but the main process ends them, and says so. What goes wrong
-    in a worker reaches the main process as an exception; its stderr would only repeat it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = open(os.devnull, "w")
-
-
-def to_device(tensors, device):
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+            pin_memory=args.device.startswith("cuda")):
+        yield [tensor.to(args.device, non_blocking=True) for tensor in item]
 
 
 def unpack(photos):
@@ -572,17 +503,17 @@ def replace_background(images, masks, backgrounds):
 
 
 def views(images, masks, backgrounds, *, extra):
-    """Yields (condition, its versions of the images, one a draw of backgrounds): clean, replaced
-    and, with `extra`, object_only and background_only, where the other part has the mean colour.
+    """Yields (condition, its versions of the images, one per draw of backgrounds): clean, replaced
+    and, with `extra`, object_only and background_only, whose other part is painted over.
 
-    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) are normalised as the network wants it,
-    which makes the mean colour 0; masks (B, 1, S, S).
+    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S).
     """
     yield "clean", [images]
     yield "replaced", [replace_background(images, masks, drawn) for drawn in backgrounds]
     if extra:
-        yield "object_only", [replace_background(images, masks, 0)]
-        yield "background_only", [replace_background(images, 1 - masks, 0)]
+        paint = images.new_tensor(MEAN_COLOUR).view(3, 1, 1)
+        yield "object_only", [replace_background(images, masks, paint)]
+        yield "background_only", [replace_background(images, 1 - masks, paint)]
 
 
 # ---- 4. Sampler ----------------------------------------------------------------------------------
@@ -611,14 +542,15 @@ class MPerClassSampler:
 
 
 def images_per_class(loss, batch_size, classes):
-    """m: 4 for pair losses, 1 for classification losses, if there are enough classes."""
-    # DIFF: with fewer classes than a batch wants, m grows to a divisor of the batch size that fits.
-    # But never one class alone, if there are two: of one class, nothing is learned.
-    least = 1 if loss in CLASSIFICATION else 4
+    """m, from IMAGES_PER_CLASS if there are enough classes. Raises UserError if there are not."""
+    # DIFF: with too few classes for a batch, m grows to a divisor of the batch size that fits.
+    # A batch of one class has no negatives, so there are two classes, if the data has two.
+    least = IMAGES_PER_CLASS[loss]
     for m in range(least, batch_size // min(2, classes) + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
             return m
-    raise UserError(f"--batch-size {batch_size}: not {least} images or more of each of two classes")
+    raise UserError(f"--batch-size {batch_size}: too small for two classes of {least} images; "
+                    "give a larger one")
 
 
 # ---- 5. Network ----------------------------------------------------------------------------------
@@ -639,8 +571,8 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 
 
 def conv(width, out, kernel, stride=1):
-    """A padded convolution. Kaiming initialisation, because BatchNorm is frozen: nothing else keeps
-    an untrained network's activations in range."""
+    """A padded convolution. Its initialisation is Kaiming's, because BatchNorm is frozen: nothing
+    else keeps the activations of an untrained network in range."""
     layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
     nn.init.kaiming_normal_(layer.weight)
     return layer
@@ -655,12 +587,12 @@ class BNInception(nn.Module):
         self.add("conv1_7x7_s2", 3, 64, 7, stride=2)
         self.add("conv2_3x3_reduce", 64, 64, 1)
         self.add("conv2_3x3", 64, 192, 3)
-        for block, (width, one, three, double, _, projection) in BLOCKS.items():
-            name, stride = f"inception_{block}", 1 if one else 2
-            if one:
-                self.add(f"{name}_1x1", width, one, 1)
-            self.add(f"{name}_3x3_reduce", width, three[0], 1)
-            self.add(f"{name}_3x3", *three, 3, stride)
+        for block, (width, single, triple, double, _, projection) in BLOCKS.items():
+            name, stride = f"inception_{block}", 1 if single else 2
+            if single:
+                self.add(f"{name}_1x1", width, single, 1)
+            self.add(f"{name}_3x3_reduce", width, triple[0], 1)
+            self.add(f"{name}_3x3", *triple, 3, stride)
             self.add(f"{name}_double_3x3_reduce", width, double[0], 1)
             self.add(f"{name}_double_3x3_1", *double, 3)
             self.add(f"{name}_double_3x3_2", double[1], double[1], 3, stride)
@@ -677,15 +609,15 @@ class BNInception(nn.Module):
         return x
 
     def block(self, x, block):
-        _, one, _, _, pool, projection = BLOCKS[block]
+        _, single, _, _, pool, projection = BLOCKS[block]
         name = f"inception_{block}"
-        stride, padding = (1, 1) if one else (2, 0)
+        stride, padding = (1, 1) if single else (2, 0)
         pool2d = F.avg_pool2d if pool == "avg" else F.max_pool2d
         pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
-        branches = [self.branch(x, f"{name}_1x1")] if one else []
+        branches = [self.branch(x, f"{name}_1x1")] if single else []
         branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
         double = ("reduce", "1", "2")
-        branches.append(self.branch(x, *(f"{name}_double_3x3_{part}" for part in double)))
+        branches.append(self.branch(x, *(f"{name}_double_3x3_{layer}" for layer in double)))
         branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
         return torch.cat(branches, dim=1)
 
@@ -707,108 +639,89 @@ def smallconv():
 
 
 def build_backbone(name, weights):
-    """The network without its classifier: (B, 3, H, W) -> (B, features). Raises UserError."""
+    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
+    none (random) or a file with a state dict. Raises UserError for unknown names."""
+    from_torchvision = name in torchvision.models.list_models(module=torchvision.models)
     if name == "bninception":
         network = BNInception()
-    elif name == "smallconv":
+    elif name == "smallconv" and weights != "imagenet":
         network = smallconv()
-        if weights == "imagenet":
-            raise UserError("--weights imagenet: smallconv has none; use --weights none")
-    elif ":" in name:
-        network = hub_backbone(name, weights)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        return torchvision_backbone(name, weights)
-    else:
-        raise UserError(f"--backbone {name}: not bninception, smallconv, in torchvision.models or "
-                        "REPO:NAME")
-    if weights not in ("imagenet", "none") or (name, weights) == ("bninception", "imagenet"):
-        load_weights(network, name, weights)
-    return network
-
-
-def hub_backbone(name, weights):
-    """REPO:NAME: calls NAME() of the hubconf.py in REPO, a folder or GitHub's owner/repo. With
-    weights "none", its layers (all that PyTorch can reset) become random. Raises UserError."""
-    repo, _, entry = name.rpartition(":")
-    remedy = ("needed: REPO:NAME, NAME a function that returns the network, in the hubconf.py of a "
-              "folder or of GitHub's owner/repo")
-    with explain(f"--backbone {name}", remedy):
+    elif ":" in name:  # REPO:NAME calls NAME() of the hubconf.py in REPO
+        repo, _, entry = name.rpartition(":")
         on_github = repo.count("/") == 1 and not repo.startswith(".") and not Path(repo).is_dir()
         network = torch.hub.load(repo, entry, source="github" if on_github else "local",
                                  trust_repo=True)
         for module in network.modules():
             if weights == "none" and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+    elif from_torchvision:
+        pretrained = "DEFAULT" if weights == "imagenet" else None
+        network = torchvision.models.get_model(name, weights=pretrained)
+    else:
+        raise UserError(f"--backbone {name}: unknown with --weights {weights}; give bninception, "
+                        "smallconv (--weights none), a torchvision classifier, or REPO:NAME")
+    if weights not in ("imagenet", "none"):
+        load_backbone(network, torch.load(weights, map_location="cpu", weights_only=True))
+    elif (name, weights) == ("bninception", "imagenet"):
+        url = BNINCEPTION_URL
+        load_backbone(network, torch.hub.load_state_dict_from_url(url, check_hash=True))
+    if from_torchvision:
+        remove_classifier(network)
     return network
 
 
-def torchvision_backbone(name, weights):
-    with explain("--weights imagenet", "not downloaded, use --weights FILE, or none"):
-        pretrained = "DEFAULT" if weights == "imagenet" else None
-        network = torchvision.models.get_model(name, weights=pretrained)
-    if weights not in ("imagenet", "none"):
-        load_weights(network, name, weights)
-    network.aux_logits = False  # GoogLeNet, Inception v3: return logits alone in training too,
-    network.transform_input = True  # and rescale the input as their ImageNet weights want it
+def load_backbone(network, state):
+    if isinstance(network, BNInception):  # the public file has an ImageNet classifier too
+        state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
+    network.load_state_dict(state)
+
+
+def remove_classifier(network):
+    """Makes the last layer with 1000 outputs an identity."""
+    network.aux_logits = False  # GoogLeNet, Inception v3: no auxiliary output,
+    network.transform_input = True  # and the input scaling of their weights
     classifiers = [path for path, layer in network.named_modules() if 1000 in
                    (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
     parent, _, classifier = classifiers[-1].rpartition(".")
     setattr(network.get_submodule(parent), classifier, nn.Identity())
-    return network
-
-
-def load_weights(network, name, weights):
-    """Loads a checkpoint strictly: BN-Inception's from the web, or a file. Raises UserError."""
-    remedy = f"give a state dict of {name}"
-    if weights == "imagenet":
-        remedy = f"fetch {BNINCEPTION_URL} elsewhere and give it as --weights FILE"
-    with explain(f"--weights {weights}", remedy):
-        if weights == "imagenet":
-            state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        if name == "bninception":  # the file has an ImageNet classifier, ours has none
-            state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
-        network.load_state_dict(state)
 
 
 def own_scaling(network, name, default):
-    """The `mean` or `std` that a hub network has as an attribute, for RGB in [0, 1], made to fit
-    pixels in [0, 255]; the default if it has none. Raises UserError."""
+    """The attribute `mean` or `std` of a hub network, three numbers for RGB in [0, 1], scaled to
+    [0, 255]; the default if it has none. Raises UserError."""
     if not hasattr(network, name):
         return default
-    with explain(f"--backbone: its network's {name}", "needed: 3 numbers in [0, 1]"):
-        own = torch.as_tensor(getattr(network, name), dtype=torch.float32).detach()
-        if own.numel() != 3 or not ((own >= 0) & (own <= 1)).all():
-            raise ValueError(f"is {own.tolist()}")
-    return 255 * own
+    values = torch.as_tensor(getattr(network, name)).detach().flatten().tolist()
+    if len(values) != 3 or not 0 <= min(values) <= max(values) <= 1:
+        raise UserError(f"--backbone: the network's {name} is {values}; give 3 numbers in [0, 1]")
+    return [255 * value for value in values]
 
 
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding), L2 norm: (B, 3, S, S) normalised -> (B, embedding),
-    unit length; embedding 0 leaves the linear layer out. Raises UserError for unknown backbones,
-    wrong weights, sizes the backbone does not take, outputs that are not (B, features). Section 4.
-    """
+    unit length. Without the linear layer if `embedding` is 0. Raises UserError for an unknown
+    backbone, a failed download, or an output that is not (B, features). Section 4."""
 
     def __init__(self, backbone, weights, size, embedding=EMBEDDING):
         super().__init__()
-        self.backbone = build_backbone(backbone, weights)
-        order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_TORCHVISION
-        remedy = f"needed: a tensor (B, features), finite float32, of (B, 3, {size}, {size})"
-        with torch.no_grad(), explain(f"--backbone {backbone}, --image-size {size}", remedy):
-            output = self.eval().backbone(torch.zeros(2, 3, size, size))
-            if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-                raise ValueError(f"gives {getattr(output, 'shape', type(output))} of 2 images")
-            if output.dtype != torch.float32:
-                raise ValueError(f"gives {output.dtype}")
-            if not output.isfinite().all():
-                raise ValueError("gives nan or inf, are the --weights sound?")
+        try:
+            self.backbone = build_backbone(backbone, weights)
+        except URLError as error:
+            raise UserError(f"--backbone {backbone}, --weights {weights}: the download failed "
+                            f"({error}); download the weights elsewhere and give --weights FILE"
+                            ) from error
+        order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
         if ":" in backbone:
             mean = own_scaling(self.backbone, "mean", mean)
             std = own_scaling(self.backbone, "std", std)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("mean", torch.as_tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        with torch.no_grad():
+            output = self.eval().backbone(torch.zeros(2, 3, size, size))
+        if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
+            raise UserError(f"--backbone {backbone}: its output for 2 images is "
+                            f"{getattr(output, 'shape', type(output))}; return (2, features)")
         self.width = embedding or output.shape[1]
         self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
@@ -818,12 +731,12 @@ class Embedder(nn.Module):
         return (images.index_select(-3, self.order) - self.mean) / self.std
 
     def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.head(self.backbone(x)), dim=1)
+        features = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return F.normalize(self.head(features.float()), dim=1)
 
     def train(self, mode=True):
         super().train(mode)
-        # BatchNorm keeps the statistics it came with, ImageNet's; only its affine weights train.
+        # BatchNorm keeps ImageNet's statistics. Only its affine weights train.
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -833,7 +746,7 @@ class Embedder(nn.Module):
 # ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
 # Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Pair
-# losses have no use for the class weights, and no loss for lr_loss, which is the optimiser's.
+# losses ignore `weight`. All losses ignore `lr_loss`, which the optimiser uses.
 
 
 def pairs(labels):
@@ -844,7 +757,7 @@ def pairs(labels):
 
 def nzmean(terms, chosen):
     """Mean over the chosen terms that are above 0; 0, with a gradient path, if there are none.
-    Multiplied, not indexed, by booleans: a GPU need not tell the CPU how many there are."""
+    Masking instead of indexing avoids a GPU sync."""
     terms = F.relu(terms) * chosen
     return terms.sum() / (terms > 0).sum().clamp(min=1)
 
@@ -899,15 +812,74 @@ def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None)
     return F.cross_entropy(cosines / temperature, labels)
 
 
-# Classification losses have class weights, pair losses have none.
-CLASSIFICATION = {"arcface": arcface, "normalized_softmax": normalized_softmax}
+def euclidean(embeddings, others):
+    """(B, D), (B or 1, D) -> (B,)"""
+    return torch.linalg.vector_norm(embeddings - others, dim=1)
+
+
+def cosine(embeddings, others):
+    """(B, D), (B or 1, D) -> (B,), 0 to 2"""
+    return 1 - F.cosine_similarity(embeddings, others, dim=1)
+
+
+# A new loss needs its function above, an entry in the first three tables, one in CLASS_WEIGHTS if
+# it has a vector per class (C, D), and its hyper-parameters for the dataset you train on.
 LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": multi_similarity,
-          **CLASSIFICATION}
+          "arcface": arcface, "normalized_softmax": normalized_softmax}
+DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity": cosine,
+             "arcface": cosine, "normalized_softmax": cosine}  # of the attention score, Section 5
+IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
+                    "arcface": 1, "normalized_softmax": 1}  # in a batch
+CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
+
+# The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper took over.
+# Margins are distances (contrastive), differences of distances (triplet), degrees (arcface);
+# lr_loss is the learning rate of the class weights. A folder of the user's own takes Cars196's.
+HPARAMS = {
+    "cars196": {
+        "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
+        "triplet": dict(margin=0.11902737154413517),
+        "multi_similarity": dict(alpha=14.358760978642266, beta=75.83486384086837,
+                                 base=0.6615555839124118),
+        "arcface": dict(margin=20.52230893710211, scale=49.501652066223656,
+                        lr_loss=7.398518179078544e-06),
+        "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
+    },
+    "cub200": {
+        # The negative margin is no typo: it makes the loss of every positive pair positive, so that
+        # nzmean() averages over all of them.
+        "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
+        "triplet": dict(margin=0.09610074859813894),
+        "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
+                                 base=0.5624815816186126),
+        "arcface": dict(margin=23.225935497468093, scale=99.99999999999999,
+                        lr_loss=0.0051384088179694),
+        "normalized_softmax": dict(temperature=0.10874714987070239, lr_loss=0.004468915155818225),
+    },
+    "sop": {
+        "contrastive": dict(pos_margin=0.2850258234628094, neg_margin=0.5130146609636679),
+        "triplet": dict(margin=0.04519248868248313),
+        "multi_similarity": dict(alpha=8.492496310524517, beta=57.38862611417401,
+                                 base=0.41673621630849955),
+        "arcface": dict(margin=18.63185573324141, scale=220.36285192573413,
+                        lr_loss=0.0020186601854510562),
+        "normalized_softmax": dict(temperature=0.06306243924788482, lr_loss=0.0005468337161961759),
+    },
+    "toy": {  # ours
+        "contrastive": dict(pos_margin=0.2, neg_margin=0.7),
+        "triplet": dict(margin=0.2),
+        "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
+        "arcface": dict(margin=10.0, scale=16.0, lr_loss=0.01),
+        "normalized_softmax": dict(temperature=0.1, lr_loss=0.01),
+    },
+}
+
+
+def hparams_of(dataset, loss):
+    return HPARAMS.get(dataset, HPARAMS["cars196"])[loss]
 
 
 # ---- 7. Metrics ----------------------------------------------------------------------------------
-
-GROUP = 32  # values, of which largest() first looks at the maximum
 
 
 @torch.no_grad()
@@ -917,65 +889,50 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
     `gallery` (N, D), other embeddings of the same items, it queries those; its own never counts. R
     is the number of other items with the query's label; queries with R = 0 are left out. Raises
-    ValueError if that leaves none, FloatingPointError on nan or inf. Section 4.3.
+    ValueError if no query remains, FloatingPointError on nan or inf. Section 4.3.
 
-    All three are one quantity, the rank of the i-th nearest right item: i plus the number of wrong
-    items that are at most as far. MAP@R = sum_i [rank_i <= R] i / rank_i / R, R-precision =
-    sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]. Memory does not grow with N squared.
+    All three follow from one quantity, the rank of the i-th nearest right item: i plus the number
+    of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i / rank_i / R,
+    R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]. Memory is linear in N.
     """
     # DIFF: a query's own item is always removed; older releases of their library drop a first hit.
-    # DIFF: of equally near items the wrong come first; in the authors' library the order decides.
+    # DIFF: at equal distance, wrong items come first; in the authors' library the order decides.
     # So an embedding that maps everything to one point scores 0, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
-        raise FloatingPointError("the embeddings are not finite")
-    order = labels.argsort(stable=True)  # a class is now a range of columns of the gallery
+        raise FloatingPointError("the embeddings contain nan or inf")
+    order = labels.argsort(stable=True)  # a class is now a range of the gallery
     _, sizes = labels[order].unique_consecutive(return_counts=True)
-    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first column of the class
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first item of the class
     others = sizes.repeat_interleave(sizes) - 1  # (N,) R
-    center = gallery.mean(dim=0)  # distances stay, but float32 keeps more of their digits
-    # With a dimension more, an inner product orders the items: q . g - |g|^2 / 2, the larger the
-    # nearer. The gallery is padded, for largest(), with items that are nobody's neighbour.
+    center = gallery.mean(dim=0)  # subtracting it preserves distances and saves float32 precision
+    # With one more dimension, an inner product orders the items: q . g - |g|^2 / 2, the larger the
+    # nearer.
     queries = F.pad(embeddings[order] - center, (0, 1), value=1)
-    columns = F.pad(gallery[order] - center, (0, 1, 0, -len(gallery) % GROUP))
+    columns = F.pad(gallery[order] - center, (0, 1))
     columns[:, -1] = columns.square().sum(dim=1) / -2
-    columns[len(gallery):, -1] = -math.inf
-    chunk = gallery.new_empty(max(1, 2**24 // len(columns)), len(columns))  # new memory is slow
     sums = Counter()
     for R in others[others > 0].unique().tolist():
-        for q in (others == R).nonzero()[:, 0].split(len(chunk)):  # (Q,)
-            near = torch.mm(queries[q], columns.T, out=chunk[:len(q)])  # (Q, N)
-            near.scatter_(1, q[:, None], -math.inf)  # an item is no neighbour of its own
+        for q in (others == R).nonzero()[:, 0].split(max(1, 2**24 // len(columns))):  # (Q,)
+            near = queries[q] @ columns.T  # (Q, N)
+            near.scatter_(1, q[:, None], -math.inf)  # an item is not its own neighbour
             right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
             right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # If a right item has rank <= R, at most R right and R - 1 wrong items are at least as
-            # near. So the 2 R nearest contain them all, and tell the ranks up to R.
-            best = largest(near, min(2 * R, near.shape[1]))
+            # If a right item has rank <= K, then at most R right and K - 1 wrong items are at least
+            # as near. So the R + K nearest items contain them all and give all ranks up to K.
+            best = near.topk(min(R + max(R, *ks), len(columns))).values
             hits = torch.arange(1, R + 1, device=q.device)
-            ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R) exact up to R
+            ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R)
             found = ranks <= R
             sums["map@r"] += (found * hits / ranks).sum() / R
             sums["r_precision"] += found.sum() / R
-            first_rank = ranks[:, 0]
-            if max(ks) > R:  # where it must be exact beyond R
-                first_right = right[:, :1]
-                as_near = (right == first_right).sum(dim=1)
-                first_rank = 1 + near.ge_(first_right).sum(dim=1) - as_near  # in place is quicker
             for k in ks:
-                sums[f"recall@{k}"] += (first_rank <= k).sum()
+                sums[f"recall@{k}"] += (ranks[:, 0] <= k).sum()
     if not sums:
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
     return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
-
-
-def largest(values, k):
-    """The k largest of each row of values (Q, N), N a multiple of GROUP: (Q, k), sorted. They lie
-    in the k groups with the largest maxima, so that one quick pass leaves little to sort."""
-    groups = values.unflatten(1, (GROUP, -1))  # (Q, GROUP, N / GROUP): a group is a column
-    chosen = groups.amax(dim=1).topk(min(k, groups.shape[2])).indices
-    return groups.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1).topk(k).values
 
 
 def at_least(values, bounds):
@@ -996,95 +953,45 @@ def nmi(embeddings, labels, seed):
 
 
 @torch.no_grad()
-def embed(network, batches, device, *, extra=False):
-    """{condition: (draws, N, D)} of items of evaluation Batches; draws is 1 but for replaced."""
+def embed(network, batches, *, extra=False):
+    """{condition: (draws, N, D)} of items of evaluation Batches; draws is 1 except for replaced."""
     network.eval()
     embeddings = defaultdict(list)
-    for item in tqdm(batches, "embedding", leave=False, disable=None):
-        photos, backgrounds, _ = to_device(item, device)
+    for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
         images, masks = unpack(photos)
-        images, backgrounds = network.normalise(images), network.normalise(backgrounds.float())
-        for condition, versions in views(images, masks, backgrounds, extra=extra):
-            embeddings[condition].append(torch.stack([network(version) for version in versions]))
+        for condition, versions in views(images, masks, backgrounds.float(), extra=extra):
+            embedded = [network(network.normalise(version)) for version in versions]
+            embeddings[condition].append(torch.stack(embedded))
     return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
 
 
-def test_batches(split, args, draws=DRAWS):
-    """Batches of the test photos and new backgrounds. Fewer draws are the first of more."""
-    short = short_side(args.image_size)
-    pool = Photos(list_backgrounds(args.backgrounds, "test"), None, short)
-    photos = Photos(split.images, split.masks, short, keep=False)
-    return Batches(photos=photos, labels=split.labels, size=args.image_size,
-                   seed=(args.seed, TEST), pool=pool, draws=draws)
+def run_test(network, split, args):
+    """The paper's test protocol and three more conditions: {condition: [metrics of each draw]}.
 
-
-def test(network, split, args):
-    """The paper's test protocol and three conditions more: {condition: {metric: value}}, or for
-    those that draw backgrounds {condition: {"mean", "std" (ddof 1), "draws"}} of such metrics."""
-    batches = test_batches(split, args)
-    embeddings = embed(network, loader(batches, args, range(batches.items_a_pass)), args.device,
-                       extra=True)
+    clean; replaced: all backgrounds are new; query: only the query's background is new; object_only
+    and background_only: the other part is painted over. Section 4.3.
+    """
+    batches = make_batches(args, split, TEST, pool="test", draws=DRAWS)
+    embeddings = embed(network, loader(batches, args), extra=True)
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
-
-    def score(queries, gallery=None):
-        metrics = retrieval_metrics(queries, split.labels, ks, gallery)
-        if args.nmi and gallery is None:
-            metrics["nmi"] = nmi(queries, split.labels, args.seed)
-        return metrics
-
-    clean, replaced = embeddings["clean"][0], embeddings["replaced"]
-    return {"clean": score(clean),
-            "replaced": mean_and_std([score(draw) for draw in replaced]),
-            "query": mean_and_std([score(draw, gallery=clean) for draw in replaced]),
-            "object_only": score(embeddings["object_only"][0]),
-            "background_only": score(embeddings["background_only"][0])}
-
-
-def mean_and_std(draws):
-    """Of a list of metric dicts; the sample standard deviation (ddof 1)."""
-    values = np.array([list(draw.values()) for draw in draws])
-    return {"mean": dict(zip(draws[0], values.mean(axis=0).tolist())),
-            "std": dict(zip(draws[0], values.std(axis=0, ddof=1).tolist())), "draws": draws}
+    scores = defaultdict(list)
+    for condition, draws in embeddings.items():
+        for draw in draws:
+            scores[condition].append(retrieval_metrics(draw, split.labels, ks))
+            if args.nmi:
+                scores[condition][-1]["nmi"] = nmi(draw, split.labels, args.seed)
+    clean = embeddings["clean"][0]
+    scores["query"] = [retrieval_metrics(draw, split.labels, ks, gallery=clean)
+                       for draw in embeddings["replaced"]]
+    return dict(scores)
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 
 
-def draft_of(path):
-    """A name beside `path` for this process to write to before it renames. Removes what processes
-    left there that were killed."""
-    for draft in path.parent.glob(f"{path.name}.tmp*"):
-        owner = draft.name.rpartition(".tmp")[2]
-        if not owner.isdigit() or not Path("/proc/self").exists() or Path("/proc", owner).exists():
-            continue
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)  # another process may be removing it, too
-        else:
-            draft.unlink(missing_ok=True)
-    return path.with_name(f"{path.name}.tmp{os.getpid()}")
-
-
-def write(path, save):
-    """Calls save(temporary path) and renames that file, so that `path` is always whole. Raises
-    UserError."""
-    remedy = "make room or choose another folder, the same command goes on"
-    with explain(f"{path}: could not be written", remedy):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = draft_of(path)
-        try:
-            save(draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    write(path, lambda draft: draft.write_text(json.dumps(content, indent=2) + "\n"))
-
-
 class State:
-    """All that a run has learned: `network`, `class_weights` (C, D) or None, `optimiser`, and in
-    `history` the figures of each epoch done, a dict an epoch."""
+    """What a run has learned: `network`, `class_weights` (C, D) or None, `optimiser`, and
+    `history`, a dictionary of results per epoch."""
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
@@ -1092,9 +999,10 @@ class State:
         self.network = network.to(args.device)
         groups = [{"params": self.network.parameters(), "lr": args.lr}]
         self.class_weights = None
-        if args.loss in CLASSIFICATION:
+        if args.loss in CLASS_WEIGHTS:
             self.class_weights = nn.Parameter(torch.randn(classes, network.width).to(args.device))
-            groups.append({"params": [self.class_weights], "lr": args.hparams["lr_loss"]})
+            lr_loss = hparams_of(args.dataset, args.loss)["lr_loss"]
+            groups.append({"params": [self.class_weights], "lr": lr_loss})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.history = []
         self.select = args.select
@@ -1105,7 +1013,7 @@ class State:
 
     @property
     def best_epoch(self):
-        """The first epoch of the best validation MAP@R; 0 before the first."""
+        """The first epoch with the best validation MAP@R, from 1; 0 before the first epoch."""
         scores = [row[self.select]["map@r"] for row in self.history]
         return scores.index(max(scores)) + 1 if scores else 0
 
@@ -1117,84 +1025,64 @@ class State:
         write(path, lambda draft: torch.save(content, draft))
 
     def load(self, path):
-        """Raises UserError if the file is missing, damaged or of another network."""
-        with explain(path, f"if it is damaged, delete {path.parent} to start over"):
-            content = read_checkpoint(path)
-            self.network.load_state_dict(content["network"])
-            if self.class_weights is not None:
-                self.class_weights.data.copy_(content["class_weights"])
-            if "optimiser" in content:
-                self.optimiser.load_state_dict(content["optimiser"])
-            self.history = content["history"]
-            float(sum(row["seconds"] for row in self.history) + self.best_epoch)  # is it whole?
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(content["network"])
+        if self.class_weights is not None:
+            self.class_weights.data.copy_(content["class_weights"])
+        if "optimiser" in content:
+            self.optimiser.load_state_dict(content["optimiser"])
+        self.history = content["history"]
 
 
-def read_checkpoint(path):
-    """What State.save() wrote, on the CPU. Raises nearly anything if the file is damaged."""
-    damaged = zipfile.ZipFile(path).testzip()  # compares checksums, which torch.load does not
-    if damaged:
-        raise ValueError(f"{damaged} in it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def training_data(args, splits, epochs_done):
-    """Iterators over all training batches and all validation items that are left, and how many of
-    these an epoch has. Both last to the end of the training: no processes are started anew, and the
-    next epoch's batches are prepared while this one is validated."""
-    short, labels = short_side(args.image_size), splits["train"].labels
-    m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
-    pool = Photos(list_backgrounds(args.backgrounds, "val"), None, short)
-    train = Batches(
-        photos=Photos(splits["train"].images, splits["train"].masks, short), labels=labels,
-        size=args.image_size, seed=(args.seed, TRAIN), pool=pool, draws=int(args.bgaugment),
-        sampler=MPerClassSampler(labels, m, args.batch_size))
-    val = Batches(
-        photos=Photos(splits["val"].images, splits["val"].masks, short),
-        labels=splits["val"].labels, size=args.image_size, seed=(args.seed, VAL), pool=pool,
-        draws=1)
-    batches = range(epochs_done * args.iterations, args.epochs * args.iterations)
-    items = range(epochs_done * val.items_a_pass, args.epochs * val.items_a_pass)
-    return loader(train, args, batches), loader(val, args, items), val.items_a_pass
-
-
-def finished(state, args):
+def is_finished(state, args):
     return state.epochs >= args.epochs or state.epochs - state.best_epoch >= args.patience
 
 
 def train(args, splits, state, run):
-    """Epochs of `iterations` batches, a validation after each; ends when `patience` epochs brought
-    nothing better, or after `epochs`. Goes on from where `state` is. Writes log.jsonl, best.pt (the
-    best epoch) and last.pt (all it needs to go on). Raises UserError if the loss is not finite.
+    """Epochs of `iterations` batches, each followed by a validation. Stops after `patience` epochs
+    without improvement, or after `epochs`. Continues from `state`. Writes log.jsonl, best.pt (the
+    best epoch) and last.pt (all that resuming needs). Raises UserError if the loss is not finite.
     Section 4."""
-    device, network, val_labels = args.device, state.network, splits["val"].labels
-    batches, val_items, items_an_epoch = training_data(args, splits, state.epochs)
-    while not finished(state, args):
+    network, hparams = state.network, hparams_of(args.dataset, args.loss)
+    labels, val_labels = splits["train"].labels, splits["val"].labels
+    m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
+    train_batches = make_batches(args, splits["train"], TRAIN, pool="val",
+                                 draws=int(args.bgaugment),
+                                 sampler=MPerClassSampler(labels, m, args.batch_size))
+    val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
+    # Both loaders last to the end of the training. So no processes are started anew, and the next
+    # epoch's batches are prepared during a validation.
+    items = val_batches.items_per_pass
+    train_loader, val_loader = (
+        loader(batches, args, range(state.epochs * per_epoch, args.epochs * per_epoch))
+        for batches, per_epoch in ((train_batches, args.iterations), (val_batches, items)))
+    while not is_finished(state, args):
         start = time.monotonic()
         epoch = state.epochs + 1
         network.train()
         losses = []
         for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
-            photos, backgrounds, labels = to_device(next(batches), device)
+            photos, backgrounds, labels = next(train_loader)
+            torch.manual_seed(seed_of(args.seed, STEP, epoch, step))  # for dropout, for example
             images, masks = unpack(photos)
-            if args.bgaugment:  # the paper's method is this line
+            if args.bgaugment:  # this line is the paper's method
                 images = replace_background(images, masks, backgrounds[0].float())
-            torch.manual_seed(seed_of(args.seed, DROPOUT, epoch, step))  # some backbones have it
             embeddings = network(network.normalise(images))
-            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
+            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **hparams)
             state.optimiser.zero_grad()
             loss.backward()
             state.optimiser.step()
             losses.append(loss.detach())
-        loss = float(torch.stack(losses).mean())  # once an epoch: a GPU need not wait at every step
+        loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
         try:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
-            embedded = embed(network, itertools.islice(val_items, items_an_epoch), device)
+            embedded = embed(network, itertools.islice(val_loader, items))
             clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
             replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
         except FloatingPointError as error:
-            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; give a lower --lr, and "
-                            f"delete {run} or give another --runs") from error
+            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; give a lower --lr"
+                            ) from error
         seconds = time.monotonic() - start
         state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
                               "seconds": seconds})
@@ -1205,447 +1093,286 @@ def train(args, splits, state, run):
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
         print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
-              f"  replaced {100 * replaced['map@r']:5.2f}  best {100 * best:5.2f}, epoch "
-              f"{state.best_epoch}  {seconds:.1f} s an epoch, at most "
-              f"{seconds * (args.epochs - epoch) / 60:.1f} min to go", flush=True)
+              f"  replaced {100 * replaced['map@r']:5.2f}  best {100 * best:5.2f} (epoch "
+              f"{state.best_epoch})  {seconds:.1f} s per epoch, at most "
+              f"{seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
-KINDS = ("base", "bgaugment")
-BAR = "○ replaced ━ clean ●"
-
-# The figures of a run and of a table. heading: condition, metric, heading of the spread in a run.
-FIGURES = {
-    "clean": ("clean", "map@r", None),
-    "replaced": ("replaced", "map@r", "± draws"),
-    "query": ("query", "map@r", None),
-    "object only": ("object_only", "map@r", None),
-    "background only": ("background_only", "map@r", None),
-    "R@1 clean": ("clean", "recall@1", None),
-    "R@1 replaced": ("replaced", "recall@1", None),
-    "attention": ("attention", "score", "± images"),
-}
-NOTES = f"""MAP@R, R@1 (Recall@1) and differences in %. ± behind a figure: standard deviation
-over the runs of several seeds; ± draws: over the {DRAWS} draws of backgrounds inside a run;
-± images: of the test images. The bar goes from MAP@R with replaced backgrounds to the one on clean
-photos: the longer it is, the more hangs on the background. *: other settings than the paper's (of
-toy and of folders: than the defaults)."""
-
-# A finished run. tested: how many classes and photos. figures: {heading: (value, its spread)}.
-# unusual: the flags that are unlike the paper's.
-Result = namedtuple("Result", "dataset tested loss kind figures unusual")
-
-
-def row_name(loss, kind):
-    name = loss if loss in LOSSES else "the network as it is"
-    return f"{name} + BGAugment" if kind == "bgaugment" else name
+NOTES = """MAP@R and R@1 (Recall@1) in %. *lost*: how much of the clean MAP@R replaced backgrounds
+cost. Behind ± is the standard deviation: over the seeds or, for one seed, over the draws of
+backgrounds (of attention: over the images), as in the paper."""
+COLUMNS = {"clean": ("clean", "map@r"), "replaced": ("replaced", "map@r"),
+           "query": ("query", "map@r"), "object only": ("object_only", "map@r"),
+           "background only": ("background_only", "map@r"),
+           "R@1 clean": ("clean", "recall@1"), "R@1 replaced": ("replaced", "recall@1")}
 
 
 def read_result(run):
-    """The Result in a run's folder. Raises UserError if there is none."""
-    if not (run / "result.json").exists():
-        raise UserError(f"{run}: not finished")
-    figures = {}
-    with explain(run, "not a result, left out"):
-        saved = json.loads((run / "result.json").read_text())
-        args = argparse.Namespace(**saved["args"])
-        kind = KINDS[args.bgaugment]
-        if args.loss not in LOSSES:
-            raise ValueError(f"its loss {args.loss} is not in LOSSES")
-        if run_folder(args, kind).name != run.name:
-            raise ValueError(f"it is of {run_folder(args, kind).name}")
-        for heading, (condition, metric, _) in FIGURES.items():
-            scores = saved["test"].get(condition)
-            if scores:
-                mean, std = scores.get("mean", scores)[metric], scores.get("std", {}).get(metric, 0)
-                if not (0 <= mean <= 1 and 0 <= std <= 1):
-                    raise ValueError(f"its {heading} is {mean} ± {std}")
-                figures[heading] = 100 * mean, 100 * std
-        figures["clean"], figures["replaced"]  # a KeyError if one lacks
-        if args.hparams != hparams_of(args):
-            args.unusual.append(f"HPARAMS {args.hparams}")
-        result = Result(dataset_name(args.dataset), str(saved["tested"]), loss_name(args), kind,
-                        figures, " ".join(args.unusual))
-    with contextlib.suppress(Exception):  # damaged, or none yet: the row has no attention then
-        attention = json.loads((run / "attention.json").read_text())
-        if math.isfinite(attention["mean"] + attention["std"]):
-            figures["attention"] = attention["mean"], attention["std"]
-    return result
+    """The content of a finished run's result.json, with `columns`: {column: values in %, one per
+    draw}; attention: one score per image."""
+    result = json.loads((run / "result.json").read_text())
+    columns = {column: [100 * draw[metric] for draw in result["test"][condition]]
+               for column, (condition, metric) in COLUMNS.items()}
+    clean = columns["clean"][0]
+    columns["lost"] = [100 * (clean - np.mean(columns["replaced"])) / clean if clean else 0.0]
+    if (run / "attention.npz").exists():
+        scores = np.load(run / "attention.npz")["score"]
+        columns["attention"] = scores[np.isfinite(scores)]
+    return {**result, "columns": columns}
 
 
-def table_row(results):
-    """{heading: cell} of the runs, one a seed, of one dataset, loss and kind. Of several seeds a
-    figure is "mean ± standard deviation over the seeds". The paper's stand behind ours."""
-    first = results[0]
-    mark = " *" if any(result.unusual for result in results) else ""
-    row = {"": row_name(first.loss, first.kind) + mark, "seeds": str(len(results))}
-    paper = PAPER.get(first.dataset, {}).get(first.loss, {}).get(first.kind)
-    for heading, (_, _, spread) in FIGURES.items():
-        figures = [result.figures[heading] for result in results if heading in result.figures]
-        if figures:
-            means, stds = np.transpose(figures)
-            row[heading] = f"{means.mean():.2f}"
-            if len(figures) > 1:
-                row[heading] += f" ± {means.std(ddof=1):.2f}"
-            if spread:
-                row[spread] = f"{stds.mean():.2f}"
-        published = getattr(paper, heading, None)
-        if published is not None:
-            row[f"paper: {heading}"] = f"{published:.2f}"
-            if hasattr(paper, f"{heading}_std"):
-                row[f"paper: {heading}"] += f" ± {getattr(paper, f'{heading}_std'):.2f}"
-            if figures:
-                difference = round(means.mean() - published, 2) + 0  # + 0 makes -0.0 a 0.0
-                row[f"{heading} - paper"] = f"{difference:+.2f}"
+def row_name(result):
+    """What tells a row from the others: contrastive + BGAugment, lr 0.001."""
+    args = result["args"]
+    name = args["loss"] if args["epochs"] else "not trained"
+    hparams = hparams_of(args["dataset"], args["loss"])
+    edited = {key: value for key, value in result["hparams"].items() if hparams.get(key) != value}
+    settings = [f"{key.replace('_', ' ')} {value}"
+                for key, value in (args["settings"] | edited).items()]
+    return ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
+
+
+def mean_and_std(values):
+    """The mean and, of several values, the sample standard deviation (ddof 1), as text."""
+    mean = f"{np.mean(values):.2f}"
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def table_row(name, results):
+    """The row {column: text} of results that differ in nothing but the seed."""
+    row = {"": name, "seeds": str(len(results))}
+    for column in (*COLUMNS, "lost", "attention"):
+        values = [result["columns"][column] for result in results if column in result["columns"]]
+        if len(values) == len(results):
+            row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
     return row
 
 
-def add_bars(rows, width=24):
-    """Gives each row a bar from the MAP@R with replaced backgrounds to the one on clean photos."""
-    ends = [float(row[end].split()[0]) for row in rows for end in ("replaced", "clean")]
-    ends = np.reshape(ends, (-1, 2)) * (width - 1) / max(*ends, 0.01)
-    for row, (ring, disc) in zip(rows, ends.round().astype(int)):
-        cells = np.full(width, " ")
-        cells[min(ring, disc):max(ring, disc)] = "━"
-        cells[ring] = "○"
-        cells[disc] = "●"
-        row[BAR] = "".join(cells)
+def paper_row(args):
+    """The row of the paper's result for the same dataset, loss and variant, if there is one."""
+    numbers = PAPER.get((args["dataset"], args["loss"]))
+    if not numbers or not args["epochs"]:
+        return []
+    clean, replaced, draws, attention, images = numbers[5:] if args["bgaugment"] else numbers[:5]
+    return [{"": "  paper", "clean": f"{clean:.2f}", "replaced": f"{replaced:.2f} ± {draws:.2f}",
+             "lost": f"{100 * (clean - replaced) / clean:.2f}",
+             "attention": f"{attention:.2f} ± {images:.2f}"}]
 
 
-def as_table(rows, wanted=None, *, room=math.inf):
-    """Rows {heading: cell} as an aligned Markdown table of all their headings, or of those wanted.
-    Columns that do not fit into `room` characters follow below."""
-    there = dict.fromkeys(heading for row in rows for heading in row)
-    columns = []
-    for heading in [heading for heading in wanted or there if heading in there]:
-        cells = [heading, "", *(row.get(heading, "") for row in rows)]
-        width = max(map(len, cells))
-        cells[1] = "-" * width
-        columns.append([f"{cell:>{width}}" if heading else f"{cell:<{width}}" for cell in cells])
-    names, *columns = columns
-    tables = []
-    for column in columns:
-        if not tables or len(tables[-1][0]) + len(column[0]) + 3 > room:
-            tables.append([f"| {name} |" for name in names])
-        tables[-1] = [f"{line} {cell} |" for line, cell in zip(tables[-1], column)]
-    return "\n\n".join("\n".join(lines) for lines in tables)
+def as_table(rows):
+    """Rows {column: text} as an aligned Markdown table."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def terminal_width():
-    return shutil.get_terminal_size((120, 24)).columns
+def report(folder, only=None):
+    """Markdown: one table for each dataset, of all finished runs in `folder` beside the paper's
+    (Sections 4.3 and 5), or the one table with the heading `only`. Raises UserError if it would be
+    empty."""
+    tables = defaultdict(dict)  # {heading: {row: {seed: result}}}
+    for run in sorted(file.parent for file in folder.glob("*/result.json")):
+        result = read_result(run)
+        seeds = tables[result["tested"]].setdefault(row_name(result), {})
+        seeds[result["args"]["seed"]] = result
+    if not tables:
+        raise UserError(f"--report {folder}: it contains no finished run; train one first")
+    parts = []
+    for heading in [only] if only else tables:
+        rows = []
+        for name, seeds in tables[heading].items():
+            results = list(seeds.values())
+            rows += [table_row(name, results), *paper_row(results[0]["args"])]
+        parts += [f"## {heading}", as_table(rows)]
+    return "\n\n".join(parts)
 
 
-def report(folder):
-    """Prints a table a dataset of all finished runs in `folder`, beside the paper's, and writes it
-    to folder/report.md. Raises UserError if no run is finished. Sections 4.3 and 5."""
-    datasets, remarks = defaultdict(dict), []
-    for run in sorted({file.parent for file in folder.glob("*/*.json")}):
-        try:
-            result = read_result(run)
-        except UserError as error:
-            remarks.append(f"- {error}")
-            continue
-        rows = datasets[result.dataset, result.tested]
-        rows.setdefault((result.loss, result.kind), []).append(result)
-        if result.unusual:
-            remarks.append(f"- * {run}: {result.unusual}")
-    if not datasets:
-        raise UserError(f"--report {folder}: no finished run; {(remarks or ['train one'])[0]}")
-    never_run = sorted(PAPER.keys() - {dataset for dataset, _ in datasets})
-
-    def text(room):
-        parts = ["# Background bias, measured", NOTES]
-        for (dataset, tested), runs in datasets.items():
-            keys = list(itertools.product([*LOSSES, "untrained"], KINDS))
-            rows = [table_row(runs[key]) for key in keys if key in runs]
-            add_bars(rows)
-            parts += [f"## {dataset}: {tested}", as_table(rows, room=room)]
-            missing = [row_name(*key) for key in keys[:-2] if key not in runs]
-            if missing and dataset in SPLITS:
-                parts.append(f"{dataset}, not run: {', '.join(missing)}")
-        if never_run:
-            parts.append(f"not run at all: {', '.join(never_run)}")
-        return "\n\n".join(parts + ["\n".join(remarks)] * bool(remarks))
-
-    markdown = text(math.inf) + "\n"
-    write(folder / "report.md", lambda draft: draft.write_text(markdown, "utf-8"))
-    print(text(terminal_width()))
-
-
-def print_results(args):
-    """Prints the run's test MAP@R, beside its base or BGAugment sibling's if nothing else differs
-    between them, and says in words what it means."""
-    run = run_folder(args, KINDS[args.bgaugment])
-    this, results = read_result(run), []
-    for folder in (run_folder(args, kind) for kind in KINDS):
-        with contextlib.suppress(UserError):  # the sibling is not there yet, or damaged
-            result = read_result(folder)
-            if (result.tested, result.unusual) == (this.tested, this.unusual):
-                results.append(result)
-            else:
-                print(f"{folder}: not comparable, {result.tested}, "
-                      f"{result.unusual or 'the defaults'}")
-    rows = [table_row([result]) for result in results]
-    add_bars(rows)
-    shown = ["", "clean", "replaced", "query", "object only", "background only", BAR]
-    print(f"\ntest MAP@R, %: {this.tested}")
-    print(as_table(rows, shown, room=terminal_width()))
-    if this.unusual:
-        print(f"* {this.unusual}")
-    for result in results:
-        clean, replaced, background = (
-            result.figures[heading][0] for heading in ("clean", "replaced", "background only"))
-        lost = f"{100 * (clean - replaced) / clean:.0f} %" if clean > replaced else "nothing"
-        print(f"With other backgrounds {row_name(result.loss, result.kind)} loses {lost} of its "
-              f"MAP@R; on backgrounds alone it still reaches {background:.1f} %.")
-    print(f"all metrics: {run / 'result.json'}")
+def print_results(run):
+    """Prints the table that the run belongs to, and a sentence about the run."""
+    result = read_result(run)
+    clean, replaced, lost = (np.mean(result["columns"][column])
+                             for column in ("clean", "replaced", "lost"))
+    print(f"\n{report(run.parent, only=result['tested'])}\n\nWith replaced backgrounds, "
+          f"{row_name(result)} loses {max(lost, 0):.0f} % of its MAP@R ({clean:.1f} -> "
+          f"{replaced:.1f}).\nAll metrics: {run / 'result.json'}")
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# These say which run it is and where its data lies; other values earn no * in the tables.
-IDENTITY = {"dataset", "loss", "bgaugment", "seed", "data", "hparams"}
-# These may have other values when a run goes on.
-MAY_CHANGE = {"runs", "device", "workers", "nmi", "report", "unusual", "photos"}
-
-
-def number(low, kind=int):
-    """An argparse type: a finite number from `low` up."""
-    def parse(text):
-        if not low <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} up")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def shard(text):
-    """An argparse type: "3/8" -> (3, 8), the third of every eight images."""
-    i, n = (int(part) for part in text.split("/"))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
-    return i, n
-
-
-def hparams_of(args):
-    """The hyper-parameters of the loss. Raises UserError if it has none."""
-    tuned_on = args.dataset if args.dataset in HPARAMS else "cars196"
-    if args.loss not in HPARAMS[tuned_on]:
-        raise UserError(f"--loss {args.loss}: has no entry in HPARAMS['{tuned_on}']")
-    return HPARAMS[tuned_on][args.loss]
+# A setting is a flag that changes what a run computes. These are none, or have their own place in
+# the name of the run.
+NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers", "nmi",
+               "report"}
 
 
 def parse_args(argv=None):
-    """All arguments, and beside them `hparams`, the loss's, and `unusual`, a list of the flags
-    whose values are not the paper's. Raises UserError."""
+    """All arguments, and `settings`, a dictionary of those that differ from their defaults."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"Defaults, in brackets, are the paper's. With --dataset toy: {DEFAULTS['toy']}.")
+        epilog=f"The defaults in brackets are the paper's. For toy they are: {DEFAULTS['toy']}.")
     add, default = parser.add_argument, " [%(default)s]"
-    add("--dataset", default="toy",
-        help="toy, cars196, cub200, sop or FOLDER of images/<class>/" + default)
+    add("--dataset", default="toy", help="toy, cars196, cub200, sop, or FOLDER of images/<class>/")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
     add("--bgaugment", action="store_true", help="replace the background of every training image")
     add("--data", default="data", help="folder that holds the named datasets" + default)
-    add("--backgrounds", help="folder with val/ and test/ photos [DATA/unsplash_backgrounds]")
+    add("--backgrounds", help="[DATA/unsplash_backgrounds, or FOLDER/backgrounds]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
-    add("--seed", type=number(0), default=42, help="fixes every random number" + default)
-    add("--epochs", type=number(0), help="at most; 0 tests the untrained network" + default)
-    add("--iterations", type=number(1), help="batches an epoch" + default)
-    add("--patience", type=number(1), default=15,
-        help="epochs without improvement before it stops" + default)
-    add("--batch-size", type=number(2), default=32, help="images a batch" + default)
-    add("--lr", type=number(0, float), help="learning rate, not of class weights" + default)
+    add("--seed", type=int, default=42, help="fixes every random number" + default)
+    add("--epochs", type=int, help="at most; 0 tests the network without training" + default)
+    add("--iterations", type=int, help="batches per epoch" + default)
+    add("--patience", type=int, default=15, help="epochs without improvement to stop" + default)
+    add("--batch-size", type=int, default=32, help="images per batch" + default)
+    add("--lr", type=float, help="learning rate, except for class weights" + default)
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
-        "runs NAME() of the hubconf.py in a folder or GitHub's owner/repo" + default)
-    add("--weights", help="imagenet (REPO:NAME: its own), none (random) or a file" + default)
-    add("--embedding", type=number(0), default=EMBEDDING,
-        help="size of the embedding; 0: the backbone's features, at unit length" + default)
-    add("--image-size", type=number(16), help="side of the crops, px" + default)
+        "calls NAME() of the hubconf.py in a folder or GitHub's owner/repo" + default)
+    add("--weights", help="imagenet (of REPO:NAME: its own), none (random) or a FILE" + default)
+    add("--embedding", type=int, default=EMBEDDING,
+        help="size of the embedding; 0: the features of the backbone, at unit length" + default)
+    add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
-    add("--workers", type=number(0), help="processes preparing batches [up to 8 for a GPU, else 0]")
+    add("--workers", type=int, help="processes that prepare batches [up to 8 for a GPU, else 0]")
     add("--select", choices=("clean", "replaced"),
-        help="validation that picks the epoch [replaced with --bgaugment, else clean]")
-    add("--nmi", action="store_true", help="report NMI of the test embeddings too (slow)")
-    add("--report", metavar="RUNS", help="tables of all runs in RUNS; writes RUNS/report.md")
-    parser.set_defaults(**DEFAULTS["paper"])  # which the help shows
+        help="validation that selects the epoch [replaced with --bgaugment, else clean]")
+    add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
+    add("--report", metavar="RUNS", help="print the tables of all runs in RUNS, write report.md")
+    parser.set_defaults(**DEFAULTS["paper"])  # the help shows these
     known, _ = parser.parse_known_args(argv)
-    toy = known.dataset == "toy"
-    pool = Path(known.data, "toy/backgrounds" if toy else "unsplash_backgrounds")
-    parser.set_defaults(**DEFAULTS["toy" if toy else "paper"], backgrounds=str(pool),
-                        select="replaced" if known.bgaugment else "clean")
+    pools = {"toy": Path(known.data, "toy/backgrounds")}
+    pools |= dict.fromkeys(COUNTS.keys() - {"toy"}, Path(known.data, "unsplash_backgrounds"))
+    parser.set_defaults(
+        **DEFAULTS["toy" if known.dataset == "toy" else "paper"],
+        backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
+        select="replaced" if known.bgaugment else "clean")
     if ":" in (known.backbone or ""):
-        parser.set_defaults(weights="imagenet")  # its own
+        parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
-    if Path(args.weights).name == Path(BNINCEPTION_URL).name:  # the paper's, fetched by hand
-        parser.set_defaults(weights=args.weights)
-    args.hparams = hparams_of(args)  # in config.json: they make a run what it is
-    args.unusual = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                    if name not in IDENTITY | MAY_CHANGE and value != parser.get_default(name)]
+    named = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
+    args.settings = {name: value for name, value in vars(args).items()
+                     if name not in named and value != parser.get_default(name)}
     return args
 
 
 def choose_device(args):
-    """Fills in --device and --workers. Raises UserError if they cannot work."""
+    """Fills in --device and --workers."""
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
-    with explain(f"--device {args.device}", "it does not work here, give another"):
-        probe = torch.ones(1, 1, 2, 2, device=args.device)
-        F.conv2d(probe, probe).item()  # a kernel: an old GPU is there, but has none
-    if probe.device.type == "cuda":
-        torch.cuda.set_device(probe.device)  # batches are pinned for this one
+    device = torch.empty(0, device=args.device).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # batches are pinned for this one
     if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if args.device.startswith("cuda") else 0
-    # Workers hand their batches over in /dev/shm, of which a container often has only 64 MB. Each
-    # prepares two: of training and validation (4 + 3 bytes a pixel), or of the test with its draws.
-    largest = max(7 * (args.batch_size + EVAL_BATCH), (4 + 3 * DRAWS) * EVAL_BATCH)
-    needed = 2 * args.workers * largest * args.image_size**2
-    if args.workers and Path("/dev/shm").is_dir() and needed > shutil.disk_usage("/dev/shm").free:
-        raise UserError(f"--workers {args.workers}: they need {needed / 2**20:,.0f} MB of /dev/shm,"
-                        " which has less; use fewer or --workers 0, or give the container more "
-                        "(docker run --shm-size=2g)")
+        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
 
 
-def dataset_name(dataset):
-    """What folders and tables call it; a user's folder never like one of the paper's datasets."""
-    if dataset in SPLITS:
-        return dataset
-    name = Path(dataset).resolve().name
-    return f"{name}-folder" if name in SPLITS else name
+def dataset_name(args):
+    return os.path.basename(os.path.abspath(args.dataset))
 
 
-def loss_name(args):
-    """What folders and tables call it; a run of no epochs has none."""
-    return args.loss if args.epochs else "untrained"
+def run_folder(args):
+    """RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, and the settings in the parser's order."""
+    parts = [dataset_name(args), args.loss if args.epochs else "untrained",
+             "bgaugment" if args.bgaugment else "base", f"s{args.seed}"]
+    parts += [f"{key}_{value}" for key, value in args.settings.items()]
+    name = os.fsencode(re.sub(r'[\s/\\:*?"<>|]', "-", "-".join(parts)))
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = name[:180] + b"-%08x" % zlib.crc32(name)
+    return Path(args.runs, os.fsdecode(name))
 
 
-def run_folder(args, kind):
-    name = f"{dataset_name(args.dataset)}-{loss_name(args)}-{kind}-s{args.seed}"
-    return Path(args.runs, name)
+def fingerprint(args, splits):
+    """A checksum over the names and sizes of all photos, masks and backgrounds."""
+    root, pool, checksum = dataset_root(args.dataset, args.data), Path(args.backgrounds), 0
+    files = [(root, path) for split in splits.values() for path in (*split.images, *split.masks)]
+    files += [(pool, path) for name in ("val", "test") for path in list_photos(pool / name)]
+    for folder, path in files:
+        line = os.fsencode(f"{path.relative_to(folder)} {path.stat().st_size}\n")
+        checksum = zlib.crc32(line, checksum)
+    return f"{checksum:08x}"
 
 
-def check_config(args, run):
-    """Raises UserError if the run was begun with other arguments, or its config cannot be read."""
-    with explain(run / "config.json", f"delete {run} to start over"):
-        saved = dict(json.loads((run / "config.json").read_text())["args"])
-        if "photos" in args and args.photos != saved["photos"]:
-            raise ValueError("photos were added, removed or renamed since the run was begun")
-    differ = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})" for name, value
-              in vars(args).items() if name not in MAY_CHANGE and saved.get(name) != value]
-    if differ:
-        raise UserError(f"{run}: begun with {', '.join(differ)}; take the same, give another "
-                        f"--runs, or delete {run} to start over")
-
-
-def write_config(args, run):
-    """Writes config.json: all arguments, git revision, device, versions."""
+def make_config(args, splits):
+    """The content of config.json."""
     git = shutil.which("git") and subprocess.run(
         ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True).stdout.strip()
     gpu = args.device.startswith("cuda")
-    write_json(run / "config.json", {
-        "args": vars(args), "git": git or "unknown",
-        "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
-        "python": sys.version.split()[0], "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "numpy": np.__version__})
+    return {"args": vars(args), "settings": args.settings, "git": git or "unknown",
+            "hparams": hparams_of(args.dataset, args.loss),
+            "distance": DISTANCES[args.loss].__name__, "fingerprint": fingerprint(args, splits),
+            "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
+            "python": sys.version.split()[0],
+            **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
 
 
-def check_data(args, splits):
-    """Notes in `args` which photos the run is of. Raises UserError if it cannot be trained on them:
-    too few classes for the batches, too few backgrounds for the paper's protocol."""
-    paths = "".join(str(path) for split in splits.values() for path in split.images)
-    args.photos = f"{zlib.crc32(paths.encode()):08x}"
-    if args.epochs:
-        images_per_class(args.loss, args.batch_size, len(np.unique(splits["train"].labels)))
-    for part in ("val", "test") if args.epochs else ("test",):
-        photos = len(list_backgrounds(args.backgrounds, part))
-        given = any(flag.startswith("--backgrounds") for flag in args.unusual)
-        if args.dataset in PAPER and photos != POOL and not given:
-            raise UserError(f"{args.backgrounds}/{part}: {photos} photos, not {POOL}; see README, "
-                            "Data, or give a folder of your own as --backgrounds")
+def check_config(run, config):
+    """Raises UserError if the run in this folder was begun with another config."""
+    saved = json.loads((run / "config.json").read_text())
+    for key in ("settings", "hparams", "fingerprint"):
+        if saved[key] != config[key]:
+            raise UserError(f"{run}: its {key} changed from {saved[key]} to {config[key]}; restore "
+                            "it, or give another --runs")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.report is not None:
-        if not args.report or not Path(args.report).is_dir():
-            raise UserError(f"--report '{args.report}': no such folder; give the one with the runs")
-        return report(Path(args.report))
-    kind = KINDS[args.bgaugment]
-    run = run_folder(args, kind)
-    if (run / "result.json").exists():
-        check_config(args, run)
-        print(f"{run} is done; to test it again delete its result.json, to start over the folder")
-        return print_results(args)
+    if args.report:
+        text = f"# Background bias, measured\n\n{NOTES}\n\n{report(Path(args.report))}\n"
+        write(Path(args.report, "report.md"), lambda draft: draft.write_text(text, "utf-8"))
+        return print(text)
     choose_device(args)
     splits = load_splits(args.dataset, args.data, training=args.epochs > 0)
-    check_data(args, splits)
-    begun = (run / "last.pt").exists()
-    if begun:
-        check_config(args, run)
-    # A run that goes on needs no pretrained weights, last.pt has its own.
-    state = State(args, len(np.unique(splits["train"].labels)), "none" if begun else args.weights)
-    if begun:
+    for name in ("val", "test") if args.epochs else ("test",):
+        list_backgrounds(args, name)
+    run, config = run_folder(args), make_config(args, splits)
+    done = args.epochs and (run / "result.json").exists()
+    resumed = args.epochs and (run / "last.pt").exists()
+    if done or resumed:
+        check_config(run, config)
+    if done:
+        print(f"{run} is finished; delete its result.json to test it again")
+        return print_results(run)
+    # A resumed run loads its weights from last.pt.
+    state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
+    if resumed:
         state.load(run / "last.pt")
     else:
-        write_config(args, run)
-    print(f"{dataset_name(args.dataset)} · {row_name(loss_name(args), kind)} · seed {args.seed} · "
-          f"{args.backbone}, {args.image_size} px · {args.device} · {run}"
-          + (f" · after epoch {state.epochs}" if begun else ""), flush=True)
-    if not finished(state, args):
+        write_json(run / "config.json", config)
+    print(f"{run}: {args.backbone}, {args.image_size} px, {args.device}"
+          + (f", resumed after epoch {state.epochs}" if resumed else ""), flush=True)
+    if not is_finished(state, args):
         train(args, splits, state, run)
-    elif not begun:  # --epochs 0: the untrained network is the result
+    elif not args.epochs:
         state.save(run / "best.pt", optimiser=False)
-    epochs, seconds = state.epochs, sum(row["seconds"] for row in state.history)
+        (run / "attention.npz").unlink(missing_ok=True)  # the network may be another one
+    result = {**config, "epochs": state.epochs, "best_epoch": state.best_epoch,
+              "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")
     labels = splits["test"].labels
-    try:
-        figures = test(state.network, splits["test"], args)
-    except FloatingPointError as error:
-        raise UserError(f"--backbone {args.backbone}: {error} on the test photos; are its weights, "
-                        "and its std, sound?") from error
-    write_json(run / "result.json", {
-        "args": vars(args), "epochs": epochs, "best_epoch": state.best_epoch, "seconds": seconds,
-        "tested": f"{len(np.unique(labels))} test classes, {len(labels):,} photos",
-        "test": figures})
-    print_results(args)
+    result["tested"] = (f"{dataset_name(args)}: {len(np.unique(labels))} test classes, "
+                        f"{len(labels):,} photos (data {config['fingerprint']})")
+    result["test"] = run_test(state.network, splits["test"], args)
+    write_json(run / "result.json", result)
+    print_results(run)
 
 
-def command(name, main):
-    """Runs a script's main(); what the user can mend ends in one line on stderr and exit code 2."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # they are None if the caller closed them
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for ○
+def command(main):
+    """Runs a script's main(). A UserError ends in one line on stderr and exit code 2."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         main()
-        sys.stdout.flush()  # or a pipe that nobody reads any more is an error when Python ends
-        return
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # of `bgbias.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except UserError as error:
         reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
-    except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        reason = one_line(error)
-        if "DataLoader" in reason or isinstance(error, (ConnectionError, EOFError)):
-            reason = (f"--workers: a process that prepares batches died or hangs ({reason}); is "
-                      "memory or /dev/shm full (docker run --shm-size=2g)? The same command goes "
-                      "on; try fewer, or 0")
-        elif isinstance(error, MemoryError) or "memory" in reason:
-            reason += "; try a smaller --batch-size"
-        elif isinstance(error, RuntimeError):
-            raise
-    if hasattr(signal, "SIGCHLD"):  # or PyTorch tells of a dead worker again while Python ends
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    print(f"{name}: error: {reason}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    command("bgbias.py", main)
+    command(main)
