@@ -38,8 +38,6 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -199,16 +197,6 @@ def mask_path(root, image):
     return Path(root, "masks", path).with_suffix(".png")
 
 
-def split_classes(dataset, classes, training):
-    """{split: range of labels}. For training, a user's folder is split 74 : 24 : 98, like Cars196;
-    without training, all its classes are for testing."""
-    if dataset in SPLITS:
-        return SPLITS[dataset]
-    train = max(1, round(classes * 74 / 196)) if training else 0
-    val = train + max(1, round(classes * 24 / 196)) if training else 0
-    return {"train": range(train), "val": range(train, val), "test": range(val, classes)}
-
-
 def load_splits(dataset, data="data", *, need_masks=True, training=True):
     """{"train": Split, "val": Split, "test": Split} of a dataset. Without `training`, all classes
     of a user's folder are for testing. Raises UserError if files are missing. Section 4.1."""
@@ -216,9 +204,14 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
     masks = [mask_path(root, image) for image in images]
+    classes, train, val = len(np.unique(labels)), 0, 0
+    if training:  # a user's folder is split 74 : 24 : 98, like Cars196
+        train, val = (max(1, round(classes * share / 196)) for share in (74, 24))
+    ranges = {"train": range(train), "val": range(train, train + val),
+              "test": range(train + val, classes)}
     splits = {}
-    for name, classes in split_classes(dataset, len(np.unique(labels)), training).items():
-        rows = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+    for name, chosen in SPLITS.get(dataset, ranges).items():
+        rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
         splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
         largest_class = np.bincount(splits[name].labels, minlength=1).max()
         if largest_class < 2 and (training or name == "test"):
@@ -599,6 +592,11 @@ class BNInception(nn.Module):
             if projection:
                 self.add(f"{name}_pool_proj", width, projection, 1)
 
+    def load_state_dict(self, state_dict, **options):
+        """The public checkpoint has an ImageNet classifier too, which is left out."""
+        own = {k: v for k, v in state_dict.items() if not k.startswith("last_linear.")}
+        return super().load_state_dict(own, **options)
+
     def add(self, name, width, out, kernel, stride=1):
         self.add_module(name, conv(width, out, kernel, stride))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(out))
@@ -641,7 +639,6 @@ def smallconv():
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
     none (random) or a file with a state dict. Raises UserError for unknown names."""
-    from_torchvision = name in torchvision.models.list_models(module=torchvision.models)
     if name == "bninception":
         network = BNInception()
     elif name == "smallconv" and weights != "imagenet":
@@ -654,30 +651,24 @@ def build_backbone(name, weights):
         for module in network.modules():
             if weights == "none" and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-    elif from_torchvision:
+    elif name in torchvision.models.list_models(module=torchvision.models):
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
     else:
         raise UserError(f"--backbone {name}: unknown with --weights {weights}; give bninception, "
                         "smallconv (--weights none), a torchvision classifier, or REPO:NAME")
     if weights not in ("imagenet", "none"):
-        load_backbone(network, torch.load(weights, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     elif (name, weights) == ("bninception", "imagenet"):
         url = BNINCEPTION_URL
-        load_backbone(network, torch.hub.load_state_dict_from_url(url, check_hash=True))
-    if from_torchvision:
+        network.load_state_dict(torch.hub.load_state_dict_from_url(url, check_hash=True))
+    if name in torchvision.models.list_models(module=torchvision.models):
         remove_classifier(network)
     return network
 
 
-def load_backbone(network, state):
-    if isinstance(network, BNInception):  # the public file has an ImageNet classifier too
-        state = {k: v for k, v in state.items() if not k.startswith("last_linear.")}
-    network.load_state_dict(state)
-
-
 def remove_classifier(network):
-    """Makes the last layer with 1000 outputs an identity."""
+    """Makes an identity of the last layer with 1000 outputs."""
     network.aux_logits = False  # GoogLeNet, Inception v3: no auxiliary output,
     network.transform_input = True  # and the input scaling of their weights
     classifiers = [path for path, layer in network.named_modules() if 1000 in
@@ -875,10 +866,6 @@ HPARAMS = {
 }
 
 
-def hparams_of(dataset, loss):
-    return HPARAMS.get(dataset, HPARAMS["cars196"])[loss]
-
-
 # ---- 7. Metrics ----------------------------------------------------------------------------------
 
 
@@ -1001,11 +988,9 @@ class State:
         self.class_weights = None
         if args.loss in CLASS_WEIGHTS:
             self.class_weights = nn.Parameter(torch.randn(classes, network.width).to(args.device))
-            lr_loss = hparams_of(args.dataset, args.loss)["lr_loss"]
-            groups.append({"params": [self.class_weights], "lr": lr_loss})
+            groups.append({"params": [self.class_weights], "lr": args.hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
-        self.history = []
-        self.select = args.select
+        self.history, self.args = [], args
 
     @property
     def epochs(self):
@@ -1014,8 +999,13 @@ class State:
     @property
     def best_epoch(self):
         """The first epoch with the best validation MAP@R, from 1; 0 before the first epoch."""
-        scores = [row[self.select]["map@r"] for row in self.history]
+        scores = [row[self.args.select]["map@r"] for row in self.history]
         return scores.index(max(scores)) + 1 if scores else 0
+
+    @property
+    def is_finished(self):
+        return (self.epochs >= self.args.epochs
+                or self.epochs - self.best_epoch >= self.args.patience)
 
     def save(self, path, *, optimiser):
         content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
@@ -1034,16 +1024,12 @@ class State:
         self.history = content["history"]
 
 
-def is_finished(state, args):
-    return state.epochs >= args.epochs or state.epochs - state.best_epoch >= args.patience
-
-
 def train(args, splits, state, run):
     """Epochs of `iterations` batches, each followed by a validation. Stops after `patience` epochs
     without improvement, or after `epochs`. Continues from `state`. Writes log.jsonl, best.pt (the
     best epoch) and last.pt (all that resuming needs). Raises UserError if the loss is not finite.
     Section 4."""
-    network, hparams = state.network, hparams_of(args.dataset, args.loss)
+    network = state.network
     labels, val_labels = splits["train"].labels, splits["val"].labels
     m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
     train_batches = make_batches(args, splits["train"], TRAIN, pool="val",
@@ -1056,7 +1042,7 @@ def train(args, splits, state, run):
     train_loader, val_loader = (
         loader(batches, args, range(state.epochs * per_epoch, args.epochs * per_epoch))
         for batches, per_epoch in ((train_batches, args.iterations), (val_batches, items)))
-    while not is_finished(state, args):
+    while not state.is_finished:
         start = time.monotonic()
         epoch = state.epochs + 1
         network.train()
@@ -1068,7 +1054,7 @@ def train(args, splits, state, run):
             if args.bgaugment:  # this line is the paper's method
                 images = replace_background(images, masks, backgrounds[0].float())
             embeddings = network(network.normalise(images))
-            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **hparams)
+            loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
             loss.backward()
             state.optimiser.step()
@@ -1127,8 +1113,9 @@ def row_name(result):
     """What tells a row from the others: contrastive + BGAugment, lr 0.001."""
     args = result["args"]
     name = args["loss"] if args["epochs"] else "not trained"
-    hparams = hparams_of(args["dataset"], args["loss"])
-    edited = {key: value for key, value in result["hparams"].items() if hparams.get(key) != value}
+    hparams = HPARAMS.get(args["dataset"], HPARAMS["cars196"])[args["loss"]]  # maybe edited since
+    edited = {key: value for key, value in args["hparams"].items()
+              if args["epochs"] and hparams.get(key) != value}
     settings = [f"{key.replace('_', ' ')} {value}"
                 for key, value in (args["settings"] | edited).items()]
     return ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
@@ -1170,35 +1157,23 @@ def as_table(rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def report(folder, only=None):
+def report(folder, of=None):
     """Markdown: one table for each dataset, of all finished runs in `folder` beside the paper's
-    (Sections 4.3 and 5), or the one table with the heading `only`. Raises UserError if it would be
-    empty."""
-    tables = defaultdict(dict)  # {heading: {row: {seed: result}}}
+    (Sections 4.3 and 5); or only the table that has the run `of`. Raises UserError without runs."""
+    tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         result = read_result(run)
-        seeds = tables[result["tested"]].setdefault(row_name(result), {})
-        seeds[result["args"]["seed"]] = result
+        tables[result["tested"]][row_name(result)][result["args"]["seed"]] = result
     if not tables:
         raise UserError(f"--report {folder}: it contains no finished run; train one first")
     parts = []
-    for heading in [only] if only else tables:
+    for heading in [read_result(of)["tested"]] if of else tables:
         rows = []
         for name, seeds in tables[heading].items():
             results = list(seeds.values())
             rows += [table_row(name, results), *paper_row(results[0]["args"])]
         parts += [f"## {heading}", as_table(rows)]
     return "\n\n".join(parts)
-
-
-def print_results(run):
-    """Prints the table that the run belongs to, and a sentence about the run."""
-    result = read_result(run)
-    clean, replaced, lost = (np.mean(result["columns"][column])
-                             for column in ("clean", "replaced", "lost"))
-    print(f"\n{report(run.parent, only=result['tested'])}\n\nWith replaced backgrounds, "
-          f"{row_name(result)} loses {max(lost, 0):.0f} % of its MAP@R ({clean:.1f} -> "
-          f"{replaced:.1f}).\nAll metrics: {run / 'result.json'}")
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
@@ -1210,7 +1185,8 @@ NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device",
 
 
 def parse_args(argv=None):
-    """All arguments, and `settings`, a dictionary of those that differ from their defaults."""
+    """All arguments, and beside them `settings` (those that differ from their defaults), `hparams`
+    (of the loss) and `name` (of the dataset)."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
         epilog=f"The defaults in brackets are the paper's. For toy they are: {DEFAULTS['toy']}.")
@@ -1228,15 +1204,14 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=32, help="images per batch" + default)
     add("--lr", type=float, help="learning rate, except for class weights" + default)
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
-        "calls NAME() of the hubconf.py in a folder or GitHub's owner/repo" + default)
+        "calls NAME() in REPO/hubconf.py, REPO a folder or GitHub's owner/repo" + default)
     add("--weights", help="imagenet (of REPO:NAME: its own), none (random) or a FILE" + default)
-    add("--embedding", type=int, default=EMBEDDING,
-        help="size of the embedding; 0: the features of the backbone, at unit length" + default)
+    add("--embedding", type=int, default=EMBEDDING, help="its size; 0: no linear layer" + default)
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
     add("--workers", type=int, help="processes that prepare batches [up to 8 for a GPU, else 0]")
-    add("--select", choices=("clean", "replaced"),
-        help="validation that selects the epoch [replaced with --bgaugment, else clean]")
+    add("--select", choices=("clean", "replaced"), help="validation that selects the epoch "
+        "[replaced with --bgaugment, else clean]")
     add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
     add("--report", metavar="RUNS", help="print the tables of all runs in RUNS, write report.md")
     parser.set_defaults(**DEFAULTS["paper"])  # the help shows these
@@ -1253,6 +1228,8 @@ def parse_args(argv=None):
     named = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
     args.settings = {name: value for name, value in vars(args).items()
                      if name not in named and value != parser.get_default(name)}
+    args.hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
+    args.name = os.path.basename(os.path.abspath(args.dataset))
     return args
 
 
@@ -1268,13 +1245,9 @@ def choose_device(args):
         args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
 
 
-def dataset_name(args):
-    return os.path.basename(os.path.abspath(args.dataset))
-
-
 def run_folder(args):
     """RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, and the settings in the parser's order."""
-    parts = [dataset_name(args), args.loss if args.epochs else "untrained",
+    parts = [args.name, args.loss if args.epochs else "untrained",
              "bgaugment" if args.bgaugment else "base", f"s{args.seed}"]
     parts += [f"{key}_{value}" for key, value in args.settings.items()]
     name = os.fsencode(re.sub(r'[\s/\\:*?"<>|]', "-", "-".join(parts)))
@@ -1296,25 +1269,12 @@ def fingerprint(args, splits):
 
 def make_config(args, splits):
     """The content of config.json."""
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True).stdout.strip()
-    gpu = args.device.startswith("cuda")
-    return {"args": vars(args), "settings": args.settings, "git": git or "unknown",
-            "hparams": hparams_of(args.dataset, args.loss),
-            "distance": DISTANCES[args.loss].__name__, "fingerprint": fingerprint(args, splits),
-            "device": torch.cuda.get_device_name(args.device) if gpu else args.device,
+    cuda = args.device.startswith("cuda")
+    return {"args": vars(args), "distance": DISTANCES[args.loss].__name__,
+            "fingerprint": fingerprint(args, splits),
+            "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
             "python": sys.version.split()[0],
             **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
-
-
-def check_config(run, config):
-    """Raises UserError if the run in this folder was begun with another config."""
-    saved = json.loads((run / "config.json").read_text())
-    for key in ("settings", "hparams", "fingerprint"):
-        if saved[key] != config[key]:
-            raise UserError(f"{run}: its {key} changed from {saved[key]} to {config[key]}; restore "
-                            "it, or give another --runs")
 
 
 def main(argv=None):
@@ -1331,10 +1291,15 @@ def main(argv=None):
     done = args.epochs and (run / "result.json").exists()
     resumed = args.epochs and (run / "last.pt").exists()
     if done or resumed:
-        check_config(run, config)
+        begun = json.loads((run / "config.json").read_text())
+        before, now = ([c["args"]["settings"], c["args"]["hparams"], c["fingerprint"]]
+                       for c in (begun, config))
+        if before != now:
+            raise UserError(f"{run}: begun with the settings, hyper-parameters and data {before}, "
+                            f"now {now}; restore them, or give another --runs")
     if done:
         print(f"{run} is finished; delete its result.json to test it again")
-        return print_results(run)
+        return print(report(run.parent, of=run))
     # A resumed run loads its weights from last.pt.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     if resumed:
@@ -1343,7 +1308,7 @@ def main(argv=None):
         write_json(run / "config.json", config)
     print(f"{run}: {args.backbone}, {args.image_size} px, {args.device}"
           + (f", resumed after epoch {state.epochs}" if resumed else ""), flush=True)
-    if not is_finished(state, args):
+    if not state.is_finished:
         train(args, splits, state, run)
     elif not args.epochs:
         state.save(run / "best.pt", optimiser=False)
@@ -1352,11 +1317,11 @@ def main(argv=None):
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")
     labels = splits["test"].labels
-    result["tested"] = (f"{dataset_name(args)}: {len(np.unique(labels))} test classes, "
+    result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, "
                         f"{len(labels):,} photos (data {config['fingerprint']})")
     result["test"] = run_test(state.network, splits["test"], args)
     write_json(run / "result.json", result)
-    print_results(run)
+    print(f"\n{report(run.parent, of=run)}\nall metrics: {run / 'result.json'}")
 
 
 def command(main):

@@ -1,15 +1,15 @@
-"""Foreground masks of a dataset's images, by rembg's u2net as in the paper, and how good they are.
+"""Foreground masks of a dataset's images, by rembg's u2net as in the paper, and their quality.
 
-    python masks.py --dataset cub200                       # masks for every image that has none yet
+    python masks.py --dataset cub200                       # masks for all images without one
     python masks.py --dataset my_photos --model u2netp     # FOLDER/images/<class>/*.jpg
     python masks.py --dataset sop --shard 3/8              # images 3, 11, 19, ...: one job of eight
-    python masks.py --dataset cub200 --verify --sheet cub200.png    # look at those that are there
-    python masks.py --check ../gt                          # IoU and overlap against masks by hand
+    python masks.py --dataset cub200 --verify --sheet cub200.png    # look at the existing masks
+    python masks.py --check ../gt                          # IoU and overlap with hand-made masks
 
 A mask is a soft 8-bit greyscale PNG of its image's size, 255 = foreground. ROOT/masks mirrors the
-tree of the images (bgbias.mask_path). Stop at any moment: the same command goes on with the masks
-that are missing. The exit code is 1 if an image failed or --verify found a mask missing or wrong.
-rembg downloads a model once, into the folder that U2NET_HOME names.
+tree of the images (bgbias.mask_path). Interrupt it at any time: the same command makes the missing
+masks. The exit code is 1 if an image failed, or if --verify found a mask missing or wrong. rembg
+downloads a model once, into the folder that the variable U2NET_HOME names.
 """
 
 import argparse
@@ -22,74 +22,73 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from bgbias import UserError, command, explain, load_splits, open_mask, open_rgb, shard, write
+from bgbias import UserError, command, load_splits, open_mask, open_rgb, write
 
-# The models of rembg that run on this machine and give one mask an image. rembg lists more: some
-# send the images away and bill for it, some want prompts, some give several masks.
+# The models of rembg that run on this machine and give one mask per image. rembg has others, which
+# send the images to a paid service, need prompts, or give several masks.
 MODELS = ("u2net", "u2netp", "u2net_human_seg", "silueta", "isnet-general-use", "isnet-anime",
           "birefnet-general", "birefnet-general-lite", "birefnet-portrait", "birefnet-dis",
           "birefnet-hrsod", "birefnet-cod", "birefnet-massive", "bria-rmbg")
-THRESHOLD = 128  # a pixel is foreground from this value up, as in the paper
-EMPTY, FULL = 0.01, 0.99  # a mask with less or more foreground than this is suspicious
+THRESHOLD = 128  # a pixel is foreground from this value on, as in the paper
+EMPTY, FULL = 0.01, 0.99  # a mask with less or more foreground is suspicious
 FAULTS = ("missing", "wrong", "failed")
-SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos a row, px of a tile
+SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos per row, px of a tile
 
 # ---- 1. Masks (Section 3) ------------------------------------------------------------------------
 
-# What became of an image. state: new, skipped, present, suspicious or one of FAULTS. note: the path
-# and what is the matter with it, for a suspicious mask and for a fault.
+# state: new, skipped, present, suspicious or one of FAULTS. note: what is wrong, with the path.
 Outcome = namedtuple("Outcome", "state image mask note", defaults=("",))
 
 
 def rembg_model(name):
-    """A model of rembg as a function: path of an image -> its mask, a greyscale PIL image, soft and
-    not post-processed, as in the paper. Both raise UserError."""
-    with explain("rembg is missing", 'pip install "rembg[cpu]", or "rembg[gpu]"'):
-        from rembg import new_session, remove  # here, because this import takes long
-    with explain(f"--model {name}: no download, or a broken file",
-                 "get it from github.com/danielgatis/rembg/releases/tag/v0.0.0 and put it, as "
-                 f"{name}.onnx, into a folder, and name that in U2NET_HOME"):
-        session = new_session(name)  # always named: rembg's default is another model than u2net
+    """A function: path of an image -> its mask, a greyscale PIL image. It is soft and not
+    post-processed, as in the paper. Raises UserError if the model cannot be downloaded."""
+    from rembg import new_session, remove  # here, because this import takes long
+
+    try:
+        session = new_session(name)  # always named, because rembg's default is not u2net
+    except OSError as error:
+        raise UserError(f"--model {name}: the download failed ({error}); download {name}.onnx from "
+                        "github.com/danielgatis/rembg/releases/tag/v0.0.0 into a folder and set "
+                        "U2NET_HOME to it") from error
     print(f"{name} on {session.inner_session.get_providers()[0]}", flush=True)
 
     def segment(image):
-        # An array, because rembg turns photos as their EXIF data says, and bgbias.py does not.
-        pixels = np.asarray(open_rgb(image))
-        with explain(image, "remove it, or try again: the same command goes on"):
-            return Image.fromarray(remove(pixels, session=session, only_mask=True))
+        pixels = np.asarray(open_rgb(image))  # given a file, rembg would apply its EXIF rotation
+        return Image.fromarray(remove(pixels, session=session, only_mask=True))
     return segment
 
 
 def make(image, mask, segment):
-    """Makes the mask of an image unless it is there; returns the Outcome. An image that fails stops
-    no other. A mask that cannot be written does: the next could not be either, so UserError."""
+    """Makes the mask of an image unless it exists; returns the Outcome. A failed image is recorded;
+    the others continue."""
     if mask.exists():
         return Outcome("skipped", image, mask)
     try:
         made = segment(image)
-    except UserError as error:
-        return Outcome("failed", image, mask, str(error))
+    except Exception as error:  # onnxruntime and Pillow raise nearly anything
+        return Outcome("failed", image, mask, f"{image}: {error}")
     write(mask, lambda draft: made.save(draft, "PNG"))
     return judge("new", image, mask, made)
 
 
 def verify(image, mask):
-    """The Outcome of an image and its mask as they are on disk."""
+    """The Outcome of an image and its existing mask."""
     if not mask.exists():
         return Outcome("missing", image, mask, str(mask))
     try:
-        saved = open_mask(mask)
-        size = open_rgb(image).size
-        if saved.size != size:
-            raise UserError(f"{mask}: its size is {saved.size}, the photo's is {size}; delete it "
-                            "and run masks.py")
+        saved, size = open_mask(mask), open_rgb(image).size
     except UserError as error:
         return Outcome("wrong", image, mask, str(error))
+    if saved.size != size:
+        return Outcome("wrong", image, mask, f"{mask}: its size is {saved.size}, the photo's is "
+                       f"{size}; delete it and run masks.py")
     return judge("present", image, mask, saved)
 
 
 def judge(state, image, mask, pixels):
-    """The Outcome of a sound mask: `state`, or suspicious if it is nearly empty or nearly full."""
+    """The Outcome of a readable mask: `state`, or suspicious if it is nearly empty or nearly full.
+    """
     share = (np.asarray(pixels) >= THRESHOLD).mean()
     if EMPTY <= share <= FULL:
         return Outcome(state, image, mask)
@@ -97,9 +96,9 @@ def judge(state, image, mask, pixels):
 
 
 def summarise(outcomes):
-    """Prints how many images are in which state, and what is to be said about single ones."""
+    """Prints how many images are in which state, and the notes about single images."""
     counts = Counter(outcome.state for outcome in outcomes).most_common()
-    states = ", ".join(f"{number:,} {state}" for state, number in counts)
+    states = ", ".join(f"{count:,} {state}" for state, count in counts)
     print(f"{len(outcomes):,} images: {states}")
     for outcome in sorted(outcomes, key=lambda outcome: outcome.state):
         if outcome.note:
@@ -108,13 +107,14 @@ def summarise(outcomes):
 
 # ---- 2. Their quality (Section 4) ----------------------------------------------------------------
 
-# How well `mask` fits the one made by hand. truth: path of the latter. image: path or None.
+# truth: path of the hand-made mask. image: path or None. mask: PIL image.
 Quality = namedtuple("Quality", "iou overlap truth image mask")
 
 
 def mask_quality(pred, truth):
     """(IoU, overlap) of two masks (H, W) in [0, 255], thresholded at 128 (Section 4). Overlap: the
-    share of the true mask that `pred` covers. Raises ValueError: two sizes or an empty truth."""
+    share of the true mask that `pred` covers. Raises ValueError if the sizes differ or the true
+    mask is empty."""
     pred, truth = np.asarray(pred) >= THRESHOLD, np.asarray(truth) >= THRESHOLD
     if pred.shape != truth.shape:
         raise ValueError(f"predicted mask (H, W) {pred.shape}, true mask {truth.shape}")
@@ -125,11 +125,11 @@ def mask_quality(pred, truth):
 
 
 def check(folder, model):
-    """[Quality] of the mask of every *_mask.png, made by hand, below `folder`, and prints it. The
-    mask is *_mask_pred.png, or else what `model` makes of *_image.*. Raises UserError."""
+    """[Quality] for every hand-made *_mask.png below `folder`; prints each. The compared mask is
+    *_mask_pred.png or, if that is missing, what `model` makes of *_image.*. Raises UserError."""
     truths = sorted(Path(folder).rglob("*_mask.png"))
     if not truths:
-        raise UserError(f"--check {folder}: no *_mask.png in this folder")
+        raise UserError(f"--check {folder}: no *_mask.png in it; give a folder that contains some")
     results = []
     segment = None
     print(f"{'IoU':>8s} {'overlap':>8s}")
@@ -144,16 +144,15 @@ def check(folder, model):
             segment = segment or rembg_model(model)
             mask = segment(image)
         else:
-            raise UserError(f"{truth}: neither {pred.name} nor {stem}image.* beside it")
-        with explain(truth, "mend it, or take it out of the folder"):
-            iou, overlap = mask_quality(mask, open_mask(truth))
+            raise UserError(f"{truth}: neither {pred.name} nor {stem}image.* is beside it; add one")
+        iou, overlap = mask_quality(mask, open_mask(truth))
         results.append(Quality(iou, overlap, truth, image, mask))
         print(f"{iou:8.4f} {overlap:8.4f}  {truth}", flush=True)
     return results
 
 
 def print_statistics(results):
-    """A line for each folder, as in the paper's table; std is the population's (ddof 0)."""
+    """Prints one line per folder, as in the paper's table; std has ddof 0."""
     folders = defaultdict(list)
     for result in results:
         folders[result.truth.parent.name].append((result.iou, result.overlap))
@@ -168,7 +167,7 @@ def print_statistics(results):
 
 
 def suspicious_first(outcomes):
-    """Entries of a contact sheet: suspicious masks, then some at random."""
+    """The entries of a contact sheet: suspicious masks, then random ones."""
     shown = [outcome for outcome in outcomes if outcome.state not in FAULTS]
     random.Random(0).shuffle(shown)
     shown.sort(key=lambda outcome: outcome.state != "suspicious")
@@ -178,8 +177,6 @@ def suspicious_first(outcomes):
 
 def contact_sheet(entries, out):
     """Writes the PNG `out`: photo, mask and cut-out of each (path of the photo, mask, caption)."""
-    if not entries:
-        raise UserError(f"--sheet {out}: no image with a mask to show")
     width, height = 3 * THUMB + 16, THUMB + 20  # of an entry
     rows = -(-len(entries) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * width, rows * height), "white")
@@ -200,6 +197,14 @@ def contact_sheet(entries, out):
 # ---- 4. Command line -----------------------------------------------------------------------------
 
 
+def shard(text):
+    """An argparse type: "3/8" -> (3, 8), the third of every eight images."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
+    return i, n
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Foreground masks with rembg, and their quality (Kobs & Hotho, 2022).",
@@ -207,25 +212,20 @@ def parse_args(argv=None):
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--dataset", help="cars196, cub200, sop, or a folder with images/<class>/")
-    either.add_argument("--check", metavar="FOLDER", help="score *_mask_pred.png, or without "
-                        "one what --model makes of *_image.*, against *_mask.png, made by hand")
+    either.add_argument("--check", metavar="FOLDER", help="compare *_mask_pred.png, or if it is "
+                        "missing what --model makes of *_image.*, with the hand-made *_mask.png")
     add("--data", default="data", help="folder that holds the named datasets")
-    add("--model", default="u2net", choices=MODELS, help="rembg's name of it; the paper's is u2net")
+    add("--model", default="u2net", choices=MODELS, help="a model of rembg; the paper's is u2net")
     add("--shard", default="1/1", type=shard, metavar="I/N", help="every N-th image from the I-th")
-    add("--verify", action="store_true", help="make none, look at those that are there")
+    add("--verify", action="store_true", help="make no masks, check the existing ones")
     add("--sheet", type=Path, metavar="OUT.png", help=f"contact sheet of {SHEET}: suspicious masks "
-        "first, with --check the worst first")
+        "first, or with --check the worst first")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.sheet:
-        with explain(f"--sheet {args.sheet}", "give a .png file in a folder that can be made"):
-            if args.sheet.suffix != ".png" or args.sheet.is_dir():
-                raise ValueError("not the name of a .png file")
-            args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    if args.check is not None:
+    if args.check:
         results = check(args.check, args.model)
         print_statistics(results)
         if args.sheet:
@@ -251,4 +251,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command("masks.py", main)
+    command(main)
