@@ -1,42 +1,41 @@
 #!/usr/bin/env bash
-# All 30 runs of the paper, from nothing to its tables, unattended. Start it in this folder:
+# All 30 runs of the paper, from the downloads to the tables, unattended. Start it in this folder:
 #
 #   bash run_all.sh                      all stages: data, masks, train, attention, report
-#   bash run_all.sh toy                  the same five losses x 2 on the embedded data
+#   bash run_all.sh toy                  the same five losses x 2 on the toy set
 #   bash run_all.sh train report cub200  some stages, some datasets (or FOLDER with images/<class>/)
 #   bash run_all.sh --dry-run            only prints the commands
 #   LOSSES="contrastive triplet" SEEDS="42 43 44" GPUS="0 1" bash run_all.sh cub200
 #
-#   bash run_all.sh data masks           under SLURM: first this, then a task a run, then the report
+#   bash run_all.sh data masks           under SLURM: first this, then one task per run, then report
 #   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G run_all.sh
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
-# Each GPU (default: all that are visible) does one run at a time. The same command again skips what
-# is finished and goes on with what is not. A failure stops only what needs it; it is named at the
-# end, and the exit code is 1. The variables DATA and RUNS name other folders than data and runs,
-# FLAGS holds more flags for bgbias.py.
+# Each GPU (default: all visible ones) does one run at a time. The same command again skips finished
+# runs and resumes interrupted ones. A failure stops only what depends on it. Failures are listed at
+# the end, and the exit code is then 1. The variables DATA and RUNS name other folders than data and
+# runs. FLAGS holds more flags for bgbias.py, such as FLAGS="--lr 1e-5"; such runs have their own
+# folders.
 set -euo pipefail
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
-plan() {  # prints the jobs of $stage for $dataset, one a line: the name of its log, its command
-    local name=$dataset seed loss kind run augment
-    if [ -d "$dataset/images" ]; then  # a folder: dataset_name() in bgbias.py has the same rule
-        name=$(basename "$(realpath "$dataset")" | sed -E 's/^(cars196|cub200|sop|toy)$/&-folder/')
-    fi
+plan() {  # prints the jobs of $stage for $dataset, one per line: the name of its log, its command
+    local name=$dataset seed loss variant run augment
+    if [ -d "$dataset/images" ]; then name=$(cd "$dataset" && basename "$PWD"); fi
     if grep -Fq -e "  data-$name: " -e "  masks-$name: " <<<"$failed"; then return; fi
     case $stage-$dataset in
         data-cars196 | data-cub200 | data-sop | data-backgrounds | data-weights)
             echo "data-$dataset fetch $dataset" ;;
-        data-* | masks-toy) ;;  # a folder is there already, and toy is drawn with its masks
+        data-* | masks-toy) ;;  # a folder exists already, and toy is drawn with its masks
         masks-*) echo "masks-$name python masks.py --dataset $dataset --data $DATA" ;;
         train-* | attention-*)
-            for seed in $SEEDS; do for loss in $LOSSES; do for kind in base bgaugment; do
-                run=$name-$loss-$kind-s$seed
-                if [ $kind = base ]; then augment=; else augment=" --bgaugment"; fi
+            for seed in $SEEDS; do for loss in $LOSSES; do for variant in base bgaugment; do
+                run=$name-$loss-$variant-s$seed augment=
+                if [ "$variant" = bgaugment ]; then augment=" --bgaugment"; fi
                 if [ "$stage" = attention ]; then
-                    echo "$run python eval_attention.py $RUNS/$run"
+                    echo "$run python eval_attention.py $RUNS/$run*/"  # * is for settings in FLAGS
                 else
                     echo "$run python bgbias.py --dataset $dataset --loss $loss$augment" \
                         "--seed $seed --data $DATA --runs $RUNS${FLAGS:+ $FLAGS}"
@@ -46,10 +45,11 @@ plan() {  # prints the jobs of $stage for $dataset, one a line: the name of its 
     esac
 }
 
-work() {  # work GPU NAME COMMAND: runs a job, then gives the GPU back, and what went wrong
+work() {  # work GPU NAME COMMAND: runs a job, then returns the GPU and the error, if any
     local log=$RUNS/$2.log reason=
     say "$2: $stage on GPU $1, log in $log"
-    if (CUDA_VISIBLE_DEVICES=$1 "${@:3}") >>"$log" 2>&1 </dev/null; then
+    # shellcheck disable=SC2048  # expands the * of attention
+    if (CUDA_VISIBLE_DEVICES=$1 ${*:3}) >>"$log" 2>&1 </dev/null; then
         say "$2: $stage is done"
     else
         reason="$2: exit code $?, $(tail -n 1 "$log" 2>&1 || true)"
@@ -58,30 +58,30 @@ work() {  # work GPU NAME COMMAND: runs a job, then gives the GPU back, and what
     echo "$1 $reason" >&3
 }
 
-next_gpu() {  # waits until a GPU is free, sets gpu to it, and notes if its last job has failed
+next_gpu() {  # waits for a free GPU, sets gpu to it, and records the error of its last job
     local reason
     read -r gpu reason <&3
     failed+=${reason:+  $reason$'\n'}
 }
 
-stop() {  # stop EXIT_CODE: ends the jobs and what they have started, then this script
-    exec 2>/dev/null  # bash would report each of them as "Terminated"
+stop() {  # stop EXIT_CODE: ends the jobs and their processes, then this script
+    exec 2>/dev/null  # bash would print "Terminated" for each job
     for job in $(jobs -p); do kill -- "-$job" || true; done
     wait
     exit "$1"
 }
 
-fetch() {  # fetch WHAT: downloads it, unless it is there
+fetch() {  # fetch WHAT: downloads it, unless it exists
     local dataset=$1
     case $dataset in
         cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "nobody serves it any more; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
+            die "cars196 has no download any more; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
                 "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
         sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
             ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip ;;
-        backgrounds) [[ $FLAGS == *--backgrounds* ]] ||  # no checksum of these is known
+        backgrounds) [[ $FLAGS == *--backgrounds* ]] ||  # their checksum is unknown
             get unsplash_backgrounds .tar.gz '' \
                 https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz ;;
         weights) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
@@ -91,20 +91,20 @@ fetch() {  # fetch WHAT: downloads it, unless it is there
 
 get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive, FOLDER.SUFFIX
     local folder=$DATA/$1 archive=$DATA/$1$2 new=$DATA/$1.new error
-    rm -rf "$new"  # a start that was killed may have left it
+    rm -rf "$new"  # of a start that was killed
     if [ -e "$folder" ] || [ -e "$DATA/$dataset/$1" ]; then return; fi
     if [ ! -e "$archive" ]; then
         until error=$(curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time 60 --retry 3 \
             --continue-at - --output "$archive.part" "$4" 2>&1); do
             [ $? = 33 ] || die "$4: ${error##*curl: }; try again, or put that file at $archive"
-            rm "$archive.part"  # 33: the server cannot go on with half a file, so begin again
+            rm "$archive.part"  # 33: the server cannot resume, so start over
         done
         mv "$archive.part" "$archive"
     fi
     [[ $(md5sum <"$archive") == "$3"* ]] ||
         die "$archive: its md5 does not begin with $3; delete it, or put $4 there"
     mkdir "$new"
-    case $2 in  # neither writes outside of the folder it is given
+    case $2 in
         .zip) error=$(python -m zipfile -e "$archive" "$new" 2>&1) ;;
         *) error=$(tar -xof "$archive" -C "$new" 2>&1) ;;
     esac || die "$archive: not unpacked, ${error##*$'\n'}; make room, or delete it"
@@ -118,8 +118,8 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 : "${DATA:=data}" "${RUNS:=runs}" "${SEEDS:=42}" "${FLAGS:=}"
 : "${LOSSES:=contrastive triplet multi_similarity arcface normalized_softmax}"
-[ -e bgbias.py ] || die "start it in the folder of bgbias.py"
-[[ $DATA$RUNS != *[[:space:]]* ]] || die "DATA and RUNS: folders without spaces, please"
+[ -e bgbias.py ] || die "bgbias.py is not here; start in its folder"
+[[ $DATA$RUNS != *[[:space:]]* ]] || die "DATA, RUNS: spaces in a name; give other folders"
 dry='' stages='' datasets='' failed=''
 for word; do
     case $word in
@@ -127,18 +127,22 @@ for word; do
         data | masks | train | attention | report) stages+=" $word" ;;
         cars196 | cub200 | sop | toy) datasets+=" $word" ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
-        *[[:space:]]*) die "$word: a folder without spaces, please" ;;
-        *) [ -d "$word/images" ] || die "$word: no stage, dataset or folder with images/<class>/"
+        *[[:space:]]*) die "$word: spaces in the name; rename the folder" ;;
+        *) [ -d "$word/images" ] || die "$word: unknown; give a stage, a dataset or a folder with" \
+            "images/<class>/"
             datasets+=" ${word%/}" ;;
     esac
 done
 : "${datasets:= cars196 cub200 sop}"
 task=${SLURM_ARRAY_TASK_ID:-}
 if [ "$task" ]; then : "${stages:=train attention}"; fi
-count_gpus="import torch; print(*range(torch.cuda.device_count()))"
-GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$(python -c "$count_gpus" 2>/dev/null)}} ||
-    die "python: has no torch; install requirements.txt, and activate its environment"
+if [ ! "$dry" ]; then
+    count_gpus="import torch; print(*range(torch.cuda.device_count()))"
+    GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$(python -c "$count_gpus" 2>/dev/null)}} ||
+        die "python has no torch; activate the environment, or install requirements.txt"
+fi
 export CUDA_DEVICE_ORDER=PCI_BUS_ID  # number GPUs as nvidia-smi does
+: "${GPUS:=}"
 read -ra gpus <<<"${GPUS//,/ }"
 if [ ${#gpus[@]} = 0 ]; then gpus=(none); fi
 exec 3<> <(:)  # a pipe that holds the free GPUs
@@ -148,16 +152,18 @@ for stage in ${stages:-data masks train attention report}; do
     if [ "$stage" = report ]; then wanted=all; fi
     if [ "$stage" = data ] && [ "$datasets" != " toy" ]; then wanted+=" backgrounds weights"; fi
     plan=$(for dataset in $wanted; do plan; done | sed -n "${task:+$((task + 1))}p")
-    if [ "$task" ] && [ ! "$plan" ]; then die "--array: there is no run of number $task"; fi
+    if [ "$task" ] && [ ! "$plan" ]; then die "--array: there is no run $task; give fewer"; fi
     if [ ! "$plan" ]; then continue; fi
     if [ "$dry" ]; then cut -d ' ' -f 2- <<<"$plan"; continue; fi
     mkdir -p "$DATA" "$RUNS"
-    rm -f "$RUNS/report.log"  # other logs grow, this one is shown
+    if [ "$stage" = report ]; then rm -f "$RUNS/report.log"; fi  # other logs grow, this is shown
     printf '%s\n' "${gpus[@]}" >&3
     while read -ra job; do
-        if [ "$stage" = attention ] && [ ! -e "$RUNS/${job[0]}/result.json" ]; then continue; fi
+        if [ "$stage" = attention ] && ! compgen -G "$RUNS/${job[0]}*/result.json" >/dev/null; then
+            continue
+        fi
         next_gpu
-        set -m  # gives the job its own process group, so that stop() reaches what it starts too
+        set -m  # gives the job its own process group, which stop() ends
         work "$gpu" "${job[@]}" &
         set +m
     done <<<"$plan"
