@@ -75,7 +75,7 @@ fetch() {  # fetch WHAT: downloads it, unless it exists
     local dataset=$1
     case $dataset in
         cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "cars196 has no download any more; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
+            die "cars196 has no download; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
                 "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
@@ -90,26 +90,24 @@ fetch() {  # fetch WHAT: downloads it, unless it exists
 }
 
 get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive, FOLDER.SUFFIX
-    local folder=$DATA/$1 archive=$DATA/$1$2 new=$DATA/$1.new error
-    rm -rf "$new"  # of a start that was killed
+    local folder=$DATA/$1 archive=$DATA/$1$2 new=$DATA/$1.new
     if [ -e "$folder" ] || [ -e "$DATA/$dataset/$1" ]; then return; fi
     if [ ! -e "$archive" ]; then
-        until error=$(curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time 60 --retry 3 \
-            --continue-at - --output "$archive.part" "$4" 2>&1); do
-            [ $? = 33 ] || die "$4: ${error##*curl: }; try again, or put that file at $archive"
-            rm "$archive.part"  # 33: the server cannot resume, so start over
-        done
+        curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time 60 --retry 3 \
+            --continue-at - --output "$archive.part" "$4" || {
+            if [ $? = 33 ]; then rm "$archive.part"; fi  # the server cannot resume it
+            die "$4: the download failed; try again, or put that file at $archive"
+        }
         mv "$archive.part" "$archive"
     fi
-    [[ $(md5sum <"$archive") == "$3"* ]] ||
-        die "$archive: its md5 does not begin with $3; delete it, or put $4 there"
+    [[ $(md5sum <"$archive") == "$3"* ]] || die "$archive: its md5 is not $3; delete it"
+    rm -rf "$new"
     mkdir "$new"
     case $2 in
-        .zip) error=$(python -m zipfile -e "$archive" "$new" 2>&1) ;;
-        *) error=$(tar -xof "$archive" -C "$new" 2>&1) ;;
-    esac || die "$archive: not unpacked, ${error##*$'\n'}; make room, or delete it"
-    mv "$(find "$new" -type d -name "$1" -print -quit)" "$folder" ||
-        die "$archive: has no folder $1; delete it"
+        .zip) python -m zipfile -e "$archive" "$new" ;;
+        *) tar -xof "$archive" -C "$new" ;;
+    esac || die "$archive: cannot be unpacked; delete it"
+    mv "$(find "$new" -type d -name "$1" -print -quit)" "$folder"
     rm -r "$new"
 }
 
