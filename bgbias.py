@@ -8,7 +8,7 @@ Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:221
     python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-The defaults are the paper's, except for the toy set, which has its own (DEFAULTS). A run is its
+The defaults are the paper's, except for the toy set, which has its own. A run is its
 folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
 default. It holds config.json, log.jsonl, last.pt, best.pt and, written last, result.json. The same
 command resumes an interrupted run after its last complete epoch.
@@ -89,12 +89,10 @@ sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  
 sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
 """.strip().splitlines()}
 
-DEFAULTS = {  # the flags whose defaults differ between the paper's setup and toy
-    "paper": dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
-                  weights="imagenet"),
-    "toy": dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
-                weights="none"),
-}
+DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
+                weights="imagenet")  # the paper's
+TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
+                    weights="none")
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
@@ -127,11 +125,8 @@ Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integer
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What a dataset is recognised by, in DATA or one folder deeper. Its root is the containing folder.
-PLACES = {
-    "cars196": ("car_ims", "cars_train"),
-    "cub200": ("CUB_200_2011/images",),
-    "sop": ("Stanford_Online_Products/Ebay_train.txt",),
-}
+PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+          "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
 
 
 def dataset_root(dataset, data):
@@ -1030,11 +1025,11 @@ def train(args, splits, state, run):
     best epoch) and last.pt (all that resuming needs). Raises UserError if the loss is not finite.
     Section 4."""
     network = state.network
-    labels, val_labels = splits["train"].labels, splits["val"].labels
-    m = images_per_class(args.loss, args.batch_size, len(np.unique(labels)))
+    train_labels, val_labels = splits["train"].labels, splits["val"].labels
+    m = images_per_class(args.loss, args.batch_size, len(np.unique(train_labels)))
     train_batches = make_batches(args, splits["train"], TRAIN, pool="val",
                                  draws=int(args.bgaugment),
-                                 sampler=MPerClassSampler(labels, m, args.batch_size))
+                                 sampler=MPerClassSampler(train_labels, m, args.batch_size))
     val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
     # Both loaders last to the end of the training. So no processes are started anew, and the next
     # epoch's batches are prepared during a validation.
@@ -1089,20 +1084,23 @@ def train(args, splits, state, run):
 NOTES = """MAP@R and R@1 (Recall@1) in %. *lost*: how much of the clean MAP@R replaced backgrounds
 cost. Behind ± is the standard deviation: over the seeds or, for one seed, over the draws of
 backgrounds (of attention: over the images), as in the paper."""
-COLUMNS = {"clean": ("clean", "map@r"), "replaced": ("replaced", "map@r"),
-           "query": ("query", "map@r"), "object only": ("object_only", "map@r"),
-           "background only": ("background_only", "map@r"),
-           "R@1 clean": ("clean", "recall@1"), "R@1 replaced": ("replaced", "recall@1")}
 
 
 def read_result(run):
     """The content of a finished run's result.json, with `columns`: {column: values in %, one per
     draw}; attention: one score per image."""
     result = json.loads((run / "result.json").read_text())
-    columns = {column: [100 * draw[metric] for draw in result["test"][condition]]
-               for column, (condition, metric) in COLUMNS.items()}
-    clean = columns["clean"][0]
-    columns["lost"] = [100 * (clean - np.mean(columns["replaced"])) / clean if clean else 0.0]
+
+    def draws(condition, metric="map@r"):
+        return [100 * draw[metric] for draw in result["test"][condition]]
+
+    clean, replaced = draws("clean"), draws("replaced")
+    columns = {"clean": clean, "replaced": replaced,
+               "lost": [100 * (1 - np.mean(replaced) / clean[0]) if clean[0] else 0.0],
+               "query": draws("query"), "object only": draws("object_only"),
+               "background only": draws("background_only"),
+               "R@1 clean": draws("clean", "recall@1"),
+               "R@1 replaced": draws("replaced", "recall@1")}
     if (run / "attention.npz").exists():
         scores = np.load(run / "attention.npz")["score"]
         columns["attention"] = scores[np.isfinite(scores)]
@@ -1130,9 +1128,9 @@ def mean_and_std(values):
 def table_row(name, results):
     """The row {column: text} of results that differ in nothing but the seed."""
     row = {"": name, "seeds": str(len(results))}
-    for column in (*COLUMNS, "lost", "attention"):
-        values = [result["columns"][column] for result in results if column in result["columns"]]
-        if len(values) == len(results):
+    for column in dict.fromkeys(column for result in results for column in result["columns"]):
+        if all(column in result["columns"] for result in results):
+            values = [result["columns"][column] for result in results]
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
     return row
 
@@ -1189,7 +1187,7 @@ def parse_args(argv=None):
     (of the loss) and `name` (of the dataset)."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"The defaults in brackets are the paper's. For toy they are: {DEFAULTS['toy']}.")
+        epilog=f"The defaults in brackets are the paper's. For toy they are: {TOY_DEFAULTS}.")
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy", help="toy, cars196, cub200, sop, or FOLDER of images/<class>/")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
@@ -1214,12 +1212,12 @@ def parse_args(argv=None):
         "[replaced with --bgaugment, else clean]")
     add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
     add("--report", metavar="RUNS", help="print the tables of all runs in RUNS, write report.md")
-    parser.set_defaults(**DEFAULTS["paper"])  # the help shows these
+    parser.set_defaults(**DEFAULTS)  # the help shows these
     known, _ = parser.parse_known_args(argv)
     pools = {"toy": Path(known.data, "toy/backgrounds")}
     pools |= dict.fromkeys(COUNTS.keys() - {"toy"}, Path(known.data, "unsplash_backgrounds"))
     parser.set_defaults(
-        **DEFAULTS["toy" if known.dataset == "toy" else "paper"],
+        **TOY_DEFAULTS if known.dataset == "toy" else DEFAULTS,
         backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
         select="replaced" if known.bgaugment else "clean")
     if ":" in (known.backbone or ""):
