@@ -902,16 +902,18 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             near.scatter_(1, q[:, None], -math.inf)  # an item is not its own neighbour
             right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
             right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # If a right item has rank <= K, then at most R right and K - 1 wrong items are at least
-            # as near. So the R + K nearest items contain them all and give all ranks up to K.
-            best = near.topk(min(R + max(R, *ks), len(columns))).values
+            # If a right item has rank <= R, at most R right and R - 1 wrong items are at least as
+            # near. So the 2 R nearest items contain them all, and give all ranks up to R.
+            best = near.topk(min(2 * R, len(columns))).values
             hits = torch.arange(1, R + 1, device=q.device)
             ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R)
             found = ranks <= R
             sums["map@r"] += (found * hits / ranks).sum() / R
             sums["r_precision"] += found.sum() / R
+            ties = (right == right[:, :1]).sum(dim=1)
+            first_rank = 1 + near.ge_(right[:, :1]).sum(dim=1) - ties  # exact beyond R, too
             for k in ks:
-                sums[f"recall@{k}"] += (ranks[:, 0] <= k).sum()
+                sums[f"recall@{k}"] += (first_rank <= k).sum()
     if not sums:
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
     return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
