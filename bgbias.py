@@ -8,23 +8,14 @@ Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:221
     python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-The defaults are the paper's, except for the toy set, which has its own. A run is its
+The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
 folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
 default. It holds config.json, log.jsonl, last.pt, best.pt and, written last, result.json. The same
 command resumes an interrupted run after its last complete epoch.
 
-The sections follow the paper:
-    1. constants        splits, the paper's results, defaults (Section 4)
-    2. data             three datasets, a folder of your own, the toy set (Section 4.1)
-    3. batches          crops, background replacement, BGAugment (Sections 3 and 5)
-    4. sampler          m images of each class in a batch (Section 4)
-    5. network          BN-Inception + Linear(1024, 128) + L2 normalisation (Section 4)
-    6. losses           five losses and their hyper-parameters (Section 4.2)
-    7. metrics          MAP@R, R-precision, Recall@K (Section 4.3)
-    8. test protocol    clean and replaced backgrounds, and three more conditions (Section 4.3)
-    9. training         epochs, selection, checkpoints (Section 4)
-   10. tables           ours beside the paper's (Sections 4.3 and 5)
-   11. command line
+The sections, and those of the paper: 1 constants (4), 2 data (4.1), 3 batches, background
+replacement and BGAugment (3 and 5), 4 sampler (4), 5 network (4), 6 losses (4.2), 7 metrics (4.3),
+8 test protocol (4.3), 9 training (4), 10 tables (4.3 and 5), 11 command line.
 
 Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
 Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
@@ -69,8 +60,9 @@ COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
 POOL_SIZE = 100  # background photos in each of val/ and test/
 
-# The paper's results, base and then BGAugment: test MAP@R in %, clean; replaced, ± over the draws;
-# attention score, ± over the images.
+# The paper's results, first base, then BGAugment: test MAP@R in % on clean photos; MAP@R with
+# replaced backgrounds and its standard deviation over the draws; attention score and its standard
+# deviation over the images.
 PAPER = {tuple(row.split()[:2]): [float(number) for number in row.split()[2:]] for row in """
 cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
 cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
@@ -90,7 +82,7 @@ sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  
 """.strip().splitlines()}
 
 DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
-                weights="imagenet")  # the paper's
+                weights="imagenet")
 TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
                     weights="none")
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
@@ -98,25 +90,25 @@ EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResizedCrop, Section 4
 DRAWS = 5  # draws of random backgrounds in the test; a validation draws once
-RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; the other datasets have 1, 2, 4, 8
+RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
 EVAL_BATCH = 32  # photos; no result depends on it
 LEAVE_FREE = 0.1  # fraction of the memory that decoded photos leave free
-WORKER_TIMEOUT = 120  # seconds; without a timeout, a full /dev/shm would be an endless wait
+WORKER_TIMEOUT = 120  # seconds; without it, a full /dev/shm would make us wait forever
 
-# Every random number has its own seed, derived from the run's seed, a purpose and a position. So a
-# resumed run needs no saved random state.
+# Random numbers are seeded with the run's seed, their purpose and the number of the batch or photo.
+# So a resumed run needs no saved random state.
 INIT, TRAIN, VAL, TEST, STEP = range(5)
 
 # Network input: channel order, mean and standard deviation, for pixels in [0, 255].
 BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
 RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which paints over a part of a photo
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; it is used to paint over a part of a photo
 
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 
 
 class UserError(Exception):
-    """A user error: it is printed as one line, and the exit code is 2."""
+    """An error that the user can fix. It is printed as one line, and the exit code is 2."""
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -124,13 +116,13 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What a dataset is recognised by, in DATA or one folder deeper. Its root is the containing folder.
+# A dataset is recognised by one of these paths. Its root is the folder that contains the path.
 PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
 
 
 def dataset_root(dataset, data):
-    """The folder of a dataset: a named one in `data`, or the user's own. Raises UserError."""
+    """The folder of a dataset: of a named one in `data`, or the user's own. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
     for place in PLACES.get(dataset, ()):
@@ -139,7 +131,7 @@ def dataset_root(dataset, data):
                 return found.parent
     if dataset in PLACES:
         raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; see README, Data and masks")
+                        "folder deeper; put it there (README, Reproduce the paper)")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: not a folder that contains images/<class>/; give "
                         f"one, or {', '.join(SPLITS)}")
@@ -150,15 +142,17 @@ def list_cars196(root):
     """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
     from scipy.io import loadmat
 
-    test = "cars_test_annos_withlabels.mat"  # not part of the devkit, so it is beside or in it
-    test = test if (root / test).exists() else f"devkit/{test}"
-    files = [("devkit/cars_train_annos.mat", "cars_train", "fname"), (test, "cars_test", "fname")]
     if (root / "car_ims").is_dir():
         files = [("cars_annos.mat", "", "relative_im_path")]
+    else:
+        test = "cars_test_annos_withlabels.mat"  # not part of the devkit, so it is beside or in it
+        test = test if (root / test).exists() else f"devkit/{test}"
+        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
+                 (test, "cars_test", "fname")]
     listed = []
     for file, folder, field in files:
         if not (root / file).is_file():
-            raise UserError(f"{root / file}: missing annotation file; see README, Data and masks")
+            raise UserError(f"{root / file}: missing; download it (README, Reproduce the paper)")
         rows = loadmat(root / file, simplify_cells=True)["annotations"]
         listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
     return listed
@@ -211,7 +205,7 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
         largest_class = np.bincount(splits[name].labels, minlength=1).max()
         if largest_class < 2 and (training or name == "test"):
             raise UserError(f"{root}: no class has two photos for {name}; give it at least three "
-                            f"folders {root}/images/<class>/ of photos, or one with --epochs 0")
+                            f"folders {root}/images/<class>/ of photos (one for --epochs 0)")
     counts = len(images), len(splits["test"].images)
     if counts != COUNTS.get(dataset, counts):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
@@ -222,7 +216,7 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     where = f" --data {data}" if dataset in SPLITS else ""
     needed = [("image", images, f"unpack {root} again"),
               ("mask", masks, f"run: python masks.py --dataset {dataset}{where}")]
-    for what, paths, remedy in needed if need_masks else needed[:1]:
+    for what, paths, remedy in needed[:1 + need_masks]:
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]}: missing {what}, one of {len(missing):,}; {remedy}")
@@ -243,14 +237,14 @@ def open_image(path):
 def open_rgb(path):
     """The photo as an 8-bit RGB PIL image. EXIF rotation is ignored. Raises UserError."""
     image = open_image(path)
-    if image.mode.startswith("I"):  # Pillow clips 16 bits at 255 where it should divide
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of dividing them
         image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
 def open_mask(path):
     """The mask as an 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files are
-    masks too. Raises UserError for colours, transparency, and the values 0 and 1."""
+    accepted too. Raises UserError for colours, transparency, and the values 0 and 1."""
     mask = open_image(path)
     channels = mask.split()
     if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
@@ -265,11 +259,11 @@ def list_backgrounds(args, name):
     """Sorted paths of the pool val or test in --backgrounds. Raises UserError."""
     # DIFF: backgrounds are sorted by name; in file-system order a seed would not fix the draws.
     pool = list_photos(Path(args.backgrounds, name))
-    papers = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
-    if not pool or papers and len(pool) != POOL_SIZE:
+    of_paper = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
+    if not pool or (of_paper and len(pool) != POOL_SIZE):
         raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' if papers else ''}; give a folder that "
-                        "contains val/ and test/ with photos")
+                        f"{f' instead of {POOL_SIZE}' * of_paper}; give a folder that contains "
+                        "val/ and test/ with photos")
     return pool
 
 
@@ -290,9 +284,9 @@ def toy_texture(seed, size):
 
 
 def toy_class(rng, photos=20, size=54, share=0.95):
-    """Yields (photo, mask), PIL images, of one class: two colours on a symmetric 5 x 5 grid, in
-    random scale, rotation, position and light, with probability `share` on its seller's backdrop.
-    """
+    """Yields (photo, mask), PIL images, of one class. Its product is a symmetric 5 x 5 grid of two
+    colours. Scale, rotation, position and light are random. The backdrop is its seller's with
+    probability `share`."""
     half = rng.random((5, 3)) < 0.5
     grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
     tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
@@ -314,6 +308,7 @@ def toy_class(rng, photos=20, size=54, share=0.95):
 
 
 def draw_toy(root, seed):
+    """Saves all pictures of the toy set in the folder `root`."""
     pictures = {}
     for label in range(SPLITS["toy"]["test"].stop):
         for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
@@ -328,8 +323,8 @@ def draw_toy(root, seed):
 
 
 def make_toy(root, seed=2022):
-    """Writes the toy set to the folder `root`, unless it exists, and returns `root`. It is the same
-    every time and takes 10 s. It is renamed into place when complete."""
+    """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
+    same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
     if not root.exists():
         try:
             write(root, lambda draft: draw_toy(draft, seed))
@@ -340,7 +335,7 @@ def make_toy(root, seed=2022):
 
 
 def write(path, save):
-    """Calls save(draft) and renames the draft to `path`, so that `path` is always complete."""
+    """Calls save(temporary path) and then renames that to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
@@ -348,8 +343,8 @@ def write(path, save):
         draft.replace(path)
 
 
-def write_json(path, content):
-    write(path, lambda draft: draft.write_text(json.dumps(content, indent=2) + "\n"))
+def write_text(path, text):
+    write(path, lambda draft: draft.write_text(text, "utf-8"))
 
 
 # ---- 3. Batches: decoding once, crops, background replacement ------------------------------------
@@ -357,7 +352,7 @@ def write_json(path, content):
 
 class Photos(torch.utils.data.Dataset):
     """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), resized for crops of
-    `size` px. They are one tensor, so every crop and flip is the same for both. Without `masks`:
+    `size` px. In one tensor, both get the same crops and flips. Without `masks`:
     (3, H, W). With `keep`, photos are decoded now and stay in memory, as many as fit. The rest are
     decoded on every access."""
 
@@ -374,7 +369,7 @@ class Photos(torch.utils.data.Dataset):
                 if free_memory() < LEAVE_FREE:
                     print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay in "
                           "memory, the rest are decoded on every access (--workers helps)")
-                    threads.shutdown(cancel_futures=True)  # the threads would decode the rest
+                    threads.shutdown(cancel_futures=True)  # otherwise they would decode the rest
                     break
                 self.kept.append(photo)
 
@@ -420,10 +415,11 @@ def seed_of(*numbers):
 class Batches(torch.utils.data.Dataset):
     """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
-    Training (with a sampler): item n is the n-th batch of the training, its photos cropped at
-    random. Evaluation (without one): EVAL_BATCH photos in order, centre-cropped; item
-    e * items_per_pass + i is the i-th of epoch e, both from 0. Backgrounds are drawn with
-    replacement from `pool` and always take the training transform (Section 4).
+    With a sampler, for training: item n is the n-th batch of the training, and its photos are
+    cropped at random. Without a sampler, for evaluation: an item holds EVAL_BATCH photos in order,
+    cropped at the centre. It takes items_per_pass items to see all photos; epoch e has the items
+    from e * items_per_pass on. Backgrounds are drawn with replacement from `pool` and always take
+    the training transform (Section 4).
     """
 
     def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
@@ -460,7 +456,7 @@ class Batches(torch.utils.data.Dataset):
 
 def make_batches(args, split, purpose, *, pool, draws, sampler=None):
     """The Batches of a Split, with backgrounds from the pool val or test. Test photos are used
-    once, so they are not kept in memory."""
+    only once, so we do not keep them in memory."""
     photos = Photos(split.images, split.masks, args.image_size, keep=purpose != TEST)
     backgrounds = Photos(list_backgrounds(args, pool), None, args.image_size) if draws else None
     return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=backgrounds,
@@ -468,8 +464,8 @@ def make_batches(args, split, purpose, *, pool, draws, sampler=None):
 
 
 def loader(batches, args, items=None):
-    """Yields items of `batches` (a range of numbers; None: one evaluation pass) on the device.
-    --workers processes prepare them ahead."""
+    """Yields those items of `batches`, on the device. `items` is a range; None is one evaluation
+    pass. --workers processes prepare the items ahead."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
     for item in torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=args.workers,
@@ -486,13 +482,14 @@ def unpack(photos):
 
 
 def replace_background(images, masks, backgrounds):
-    """(B, 3, H, W), (B, 1, H, W) in [0, 1] with 1 = foreground, (B, 3, H, W) -> (B, 3, H, W)"""
+    """Keeps the foreground of the images and takes the rest from the backgrounds: (B, 3, H, W),
+    (B, 1, H, W) in [0, 1] with 1 = foreground, (B, 3, H, W) -> (B, 3, H, W)."""
     return images * masks + backgrounds * (1 - masks)
 
 
 def views(images, masks, backgrounds, *, extra):
-    """Yields (condition, its versions of the images, one per draw of backgrounds): clean, replaced
-    and, with `extra`, object_only and background_only, whose other part is painted over.
+    """Yields each condition and a list of its images, one entry per draw of backgrounds: clean,
+    replaced and, with `extra`, object_only and background_only, whose other part is painted over.
 
     images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S).
     """
@@ -530,9 +527,9 @@ class MPerClassSampler:
 
 
 def images_per_class(loss, batch_size, classes):
-    """m, from IMAGES_PER_CLASS if there are enough classes. Raises UserError if there are not."""
+    """The m of a batch: that of IMAGES_PER_CLASS or, with few classes, more. Raises UserError."""
     # DIFF: with too few classes for a batch, m grows to a divisor of the batch size that fits.
-    # A batch of one class has no negatives, so there are two classes, if the data has two.
+    # A batch of one class has no negatives, so we take at least two classes if the data has two.
     least = IMAGES_PER_CLASS[loss]
     for m in range(least, batch_size // min(2, classes) + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
@@ -559,8 +556,8 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 
 
 def conv(width, out, kernel, stride=1):
-    """A padded convolution. Its initialisation is Kaiming's, because BatchNorm is frozen: nothing
-    else keeps the activations of an untrained network in range."""
+    """A padded convolution with Kaiming initialisation. BatchNorm is frozen, so nothing else keeps
+    the activations of an untrained network in range."""
     layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
     nn.init.kaiming_normal_(layer.weight)
     return layer
@@ -588,7 +585,7 @@ class BNInception(nn.Module):
                 self.add(f"{name}_pool_proj", width, projection, 1)
 
     def load_state_dict(self, state_dict, **options):
-        """The public checkpoint has an ImageNet classifier too, which is left out."""
+        """The public checkpoint also has an ImageNet classifier, which we skip."""
         own = {k: v for k, v in state_dict.items() if not k.startswith("last_linear.")}
         return super().load_state_dict(own, **options)
 
@@ -663,9 +660,9 @@ def build_backbone(name, weights):
 
 
 def remove_classifier(network):
-    """Makes an identity of the last layer with 1000 outputs."""
-    network.aux_logits = False  # GoogLeNet, Inception v3: no auxiliary output,
-    network.transform_input = True  # and the input scaling of their weights
+    """Replaces the last layer with 1000 outputs by nn.Identity()."""
+    # GoogLeNet and Inception v3 must return no auxiliary output, and scale their input.
+    network.aux_logits, network.transform_input = False, True
     classifiers = [path for path, layer in network.named_modules() if 1000 in
                    (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
     parent, _, classifier = classifiers[-1].rpartition(".")
@@ -673,8 +670,8 @@ def remove_classifier(network):
 
 
 def own_scaling(network, name, default):
-    """The attribute `mean` or `std` of a hub network, three numbers for RGB in [0, 1], scaled to
-    [0, 255]; the default if it has none. Raises UserError."""
+    """The attribute `mean` or `std` of a hub network, if it has one, otherwise the default. The
+    attribute is three numbers for RGB in [0, 1], and we scale it to [0, 255]. Raises UserError."""
     if not hasattr(network, name):
         return default
     values = torch.as_tensor(getattr(network, name)).detach().flatten().tolist()
@@ -685,7 +682,7 @@ def own_scaling(network, name, default):
 
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding), L2 norm: (B, 3, S, S) normalised -> (B, embedding),
-    unit length. Without the linear layer if `embedding` is 0. Raises UserError for an unknown
+    unit length. If `embedding` is 0, there is no linear layer. Raises UserError for an unknown
     backbone, a failed download, or an output that is not (B, features). Section 4."""
 
     def __init__(self, backbone, weights, size, embedding=EMBEDDING):
@@ -722,7 +719,7 @@ class Embedder(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        # BatchNorm keeps ImageNet's statistics. Only its affine weights train.
+        # BatchNorm keeps ImageNet's statistics. Only its affine weights are trained.
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -731,12 +728,13 @@ class Embedder(nn.Module):
 
 # ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
-# Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Pair
-# losses ignore `weight`. All losses ignore `lr_loss`, which the optimiser uses.
+# Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Class
+# weights, also called proxies, are one vector per class. Pair losses ignore them. All losses ignore
+# `lr_loss`, their learning rate, which the optimiser uses. [x]+ is max(x, 0).
 
 
 def pairs(labels):
-    """Positive and negative pairs, two (B, B) booleans: same label and i != j; other label."""
+    """Two (B, B) booleans. Positive pairs: same label and i != j. Negative pairs: other label."""
     same = labels[:, None] == labels
     return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
@@ -783,7 +781,7 @@ def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
 
 
 def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
-    """cross-entropy of scale cos(theta_c), for the own class scale cos(theta_c + margin degrees)
+    """cross-entropy of scale cos(theta_c); for the image's own class, scale cos(theta_c + margin)
     (Deng et al. 2019; unlike later versions, also where theta + margin exceeds 180 degrees)"""
     cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
     theta = cosines.clamp(-1 + 1e-7, 1 - 1e-7).acos()
@@ -799,17 +797,18 @@ def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None)
 
 
 def euclidean(embeddings, others):
-    """(B, D), (B or 1, D) -> (B,)"""
+    """Distance of each row to the same row, or to the only row, of `others`: (B, D), (B or 1, D)
+    -> (B,)."""
     return torch.linalg.vector_norm(embeddings - others, dim=1)
 
 
 def cosine(embeddings, others):
-    """(B, D), (B or 1, D) -> (B,), 0 to 2"""
+    """1 - cosine similarity, for the same shapes, 0 to 2."""
     return 1 - F.cosine_similarity(embeddings, others, dim=1)
 
 
-# A new loss needs its function above, an entry in the first three tables, one in CLASS_WEIGHTS if
-# it has a vector per class (C, D), and its hyper-parameters for the dataset you train on.
+# A new loss needs an entry in the next three tables, one in CLASS_WEIGHTS if it has class weights,
+# and its hyper-parameters for the dataset that you train on.
 LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": multi_similarity,
           "arcface": arcface, "normalized_softmax": normalized_softmax}
 DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity": cosine,
@@ -818,9 +817,9 @@ IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
                     "arcface": 1, "normalized_softmax": 1}  # in a batch
 CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
 
-# The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper took over.
+# The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper uses.
 # Margins are distances (contrastive), differences of distances (triplet), degrees (arcface);
-# lr_loss is the learning rate of the class weights. A folder of the user's own takes Cars196's.
+# lr_loss is the learning rate of the class weights. A user's own folder takes Cars196's.
 HPARAMS = {
     "cars196": {
         "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
@@ -832,7 +831,7 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative margin is no typo: it makes the loss of every positive pair positive, so that
+        # The negative pos_margin is no typo. It makes the term of every positive pair positive, so
         # nzmean() averages over all of them.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
@@ -851,7 +850,7 @@ HPARAMS = {
                         lr_loss=0.0020186601854510562),
         "normalized_softmax": dict(temperature=0.06306243924788482, lr_loss=0.0005468337161961759),
     },
-    "toy": {  # ours
+    "toy": {  # chosen by us
         "contrastive": dict(pos_margin=0.2, neg_margin=0.7),
         "triplet": dict(margin=0.2),
         "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
@@ -869,7 +868,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """MAP@R, R-precision, Recall@K, K in `ks`: {"map@r", "r_precision", "recall@1", ...}, 0 to 1.
 
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
-    `gallery` (N, D), other embeddings of the same items, it queries those; its own never counts. R
+    `gallery` (N, D), other embeddings of the same items, it queries those; its own is left out. R
     is the number of other items with the query's label; queries with R = 0 are left out. Raises
     ValueError if no query remains, FloatingPointError on nan or inf. Section 4.3.
 
@@ -885,13 +884,12 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     labels = torch.as_tensor(labels, device=gallery.device)
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings contain nan or inf")
-    order = labels.argsort(stable=True)  # a class is now a range of the gallery
+    order = labels.argsort(stable=True)  # now the items of a class are neighbours
     _, sizes = labels[order].unique_consecutive(return_counts=True)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first item of the class
     others = sizes.repeat_interleave(sizes) - 1  # (N,) R
     center = gallery.mean(dim=0)  # subtracting it preserves distances and saves float32 precision
-    # With one more dimension, an inner product orders the items: q . g - |g|^2 / 2, the larger the
-    # nearer.
+    # q . g - |g|^2 / 2 is larger for nearer items g. With one more dimension it is one product.
     queries = F.pad(embeddings[order] - center, (0, 1), value=1)
     columns = F.pad(gallery[order] - center, (0, 1))
     columns[:, -1] = columns.square().sum(dim=1) / -2
@@ -902,8 +900,8 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             near.scatter_(1, q[:, None], -math.inf)  # an item is not its own neighbour
             right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
             right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # If a right item has rank <= R, at most R right and R - 1 wrong items are at least as
-            # near. So the 2 R nearest items contain them all, and give all ranks up to R.
+            # At most R right and R - 1 wrong items are as near as a right item of rank <= R. So the
+            # 2 R nearest items are enough to compute all ranks up to R.
             best = near.topk(min(2 * R, len(columns))).values
             hits = torch.arange(1, R + 1, device=q.device)
             ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R)
@@ -925,7 +923,8 @@ def at_least(values, bounds):
 
 
 def nmi(embeddings, labels, seed):
-    """Normalised mutual information, in [0, 1], of the labels and as many KMeans clusters."""
+    """Normalised mutual information, in [0, 1], of classes and KMeans clusters, as many as classes.
+    """
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -950,11 +949,9 @@ def embed(network, batches, *, extra=False):
 
 
 def run_test(network, split, args):
-    """The paper's test protocol and three more conditions: {condition: [metrics of each draw]}.
-
-    clean; replaced: all backgrounds are new; query: only the query's background is new; object_only
-    and background_only: the other part is painted over. Section 4.3.
-    """
+    """The paper's test protocol (Section 4.3) and three more conditions: {condition: [metrics of
+    each draw]}. In `replaced`, all backgrounds are new. In `query`, only the query's background is
+    new. In `object_only` and `background_only`, the other part is painted over."""
     batches = make_batches(args, split, TEST, pool="test", draws=DRAWS)
     embeddings = embed(network, loader(batches, args), extra=True)
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
@@ -974,8 +971,8 @@ def run_test(network, split, args):
 
 
 class State:
-    """What a run has learned: `network`, `class_weights` (C, D) or None, `optimiser`, and
-    `history`, a dictionary of results per epoch."""
+    """The state of a run: `network`, `class_weights` (C, D) or None, `optimiser`, and `history`, a
+    list with a dictionary of results per epoch."""
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
@@ -1033,8 +1030,8 @@ def train(args, splits, state, run):
                                  draws=int(args.bgaugment),
                                  sampler=MPerClassSampler(train_labels, m, args.batch_size))
     val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
-    # Both loaders last to the end of the training. So no processes are started anew, and the next
-    # epoch's batches are prepared during a validation.
+    # Both loaders last until the end of the training. So workers are started only once, and prepare
+    # the next epoch's batches during a validation.
     items = val_batches.items_per_pass
     train_loader, val_loader = (
         loader(batches, args, range(state.epochs * per_epoch, args.epochs * per_epoch))
@@ -1046,9 +1043,10 @@ def train(args, splits, state, run):
         losses = []
         for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
             photos, backgrounds, labels = next(train_loader)
-            torch.manual_seed(seed_of(args.seed, STEP, epoch, step))  # for dropout, for example
+            # For dropout, for example. Without workers, next() has used the same generator.
+            torch.manual_seed(seed_of(args.seed, STEP, epoch, step))
             images, masks = unpack(photos)
-            if args.bgaugment:  # this line is the paper's method
+            if args.bgaugment:  # the paper's method
                 images = replace_background(images, masks, backgrounds[0].float())
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
@@ -1057,22 +1055,18 @@ def train(args, splits, state, run):
             state.optimiser.step()
             losses.append(loss.detach())
         loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
-        try:
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}")
-            embedded = embed(network, itertools.islice(val_loader, items))
-            clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
-            replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
-        except FloatingPointError as error:
-            raise UserError(f"--lr {args.lr}: {error} in epoch {epoch}; give a lower --lr"
-                            ) from error
+        if not math.isfinite(loss):
+            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower one")
+        embedded = embed(network, itertools.islice(val_loader, items))
+        clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
+        replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
         seconds = time.monotonic() - start
         state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
                               "seconds": seconds})
         if state.best_epoch == epoch:
             state.save(run / "best.pt", optimiser=False)
         log = "".join(json.dumps(row) + "\n" for row in state.history)
-        write(run / "log.jsonl", lambda draft, log=log: draft.write_text(log))
+        write_text(run / "log.jsonl", log)
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
         print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
@@ -1083,14 +1077,14 @@ def train(args, splits, state, run):
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
-NOTES = """MAP@R and R@1 (Recall@1) in %. *lost*: how much of the clean MAP@R replaced backgrounds
-cost. Behind ± is the standard deviation: over the seeds or, for one seed, over the draws of
-backgrounds (of attention: over the images), as in the paper."""
+NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost* is the fall from clean to replaced, in % of
+clean. Numbers after ± are standard deviations: over the seeds or, if there is only one seed, over
+the draws of backgrounds (of attention: over the images), as in the paper."""
 
 
 def read_result(run):
-    """The content of a finished run's result.json, with `columns`: {column: values in %, one per
-    draw}; attention: one score per image."""
+    """The content of a finished run's result.json. It adds `columns`: {column: values in %, one per
+    draw}; of attention: one score per image."""
     result = json.loads((run / "result.json").read_text())
 
     def draws(condition, metric="map@r"):
@@ -1110,12 +1104,12 @@ def read_result(run):
 
 
 def row_name(result):
-    """What tells a row from the others: contrastive + BGAugment, lr 0.001."""
+    """The name of a row, such as: contrastive + BGAugment, lr 0.001."""
     args = result["args"]
     name = args["loss"] if args["epochs"] else "not trained"
-    hparams = HPARAMS.get(args["dataset"], HPARAMS["cars196"])[args["loss"]]  # maybe edited since
+    hparams = HPARAMS.get(args["dataset"], HPARAMS["cars196"]).get(args["loss"], {})
     edited = {key: value for key, value in args["hparams"].items()
-              if args["epochs"] and hparams.get(key) != value}
+              if args["epochs"] and hparams.get(key) != value}  # HPARAMS changed since
     settings = [f"{key.replace('_', ' ')} {value}"
                 for key, value in (args["settings"] | edited).items()]
     return ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
@@ -1128,7 +1122,7 @@ def mean_and_std(values):
 
 
 def table_row(name, results):
-    """The row {column: text} of results that differ in nothing but the seed."""
+    """The row {column: text} of results that differ only in the seed."""
     row = {"": name, "seeds": str(len(results))}
     for column in dict.fromkeys(column for result in results for column in result["columns"]):
         if all(column in result["columns"] for result in results):
@@ -1159,7 +1153,7 @@ def as_table(rows):
 
 def report(folder, of=None):
     """Markdown: one table for each dataset, of all finished runs in `folder` beside the paper's
-    (Sections 4.3 and 5); or only the table that has the run `of`. Raises UserError without runs."""
+    (Sections 4.3 and 5); or only the table with the run `of`. Raises UserError without runs."""
     tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         result = read_result(run)
@@ -1178,8 +1172,8 @@ def report(folder, of=None):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# A setting is a flag that changes what a run computes. These are none, or have their own place in
-# the name of the run.
+# A setting is a flag that changes what a run computes. These flags are no settings, or have their
+# own place in the name of the run.
 NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers", "nmi",
                "report"}
 
@@ -1189,23 +1183,26 @@ def parse_args(argv=None):
     (of the loss) and `name` (of the dataset)."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"The defaults in brackets are the paper's. For toy they are: {TOY_DEFAULTS}.")
+        epilog=f"The defaults in brackets are the paper's. Toy has others: {TOY_DEFAULTS}.")
     add, default = parser.add_argument, " [%(default)s]"
-    add("--dataset", default="toy", help="toy, cars196, cub200, sop, or FOLDER of images/<class>/")
+    add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
     add("--bgaugment", action="store_true", help="replace the background of every training image")
     add("--data", default="data", help="folder that holds the named datasets" + default)
-    add("--backgrounds", help="[DATA/unsplash_backgrounds, or FOLDER/backgrounds]")
+    add("--backgrounds", help="folder with photos in val/ and test/ [DATA/unsplash_backgrounds, or "
+        "FOLDER/backgrounds]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
     add("--seed", type=int, default=42, help="fixes every random number" + default)
-    add("--epochs", type=int, help="at most; 0 tests the network without training" + default)
+    add("--epochs", type=int, help="at most this many; 0 tests the network untrained" + default)
     add("--iterations", type=int, help="batches per epoch" + default)
-    add("--patience", type=int, default=15, help="epochs without improvement to stop" + default)
+    add("--patience", type=int, default=15, help="stop after this many epochs without a better "
+        "validation" + default)
     add("--batch-size", type=int, default=32, help="images per batch" + default)
-    add("--lr", type=float, help="learning rate, except for class weights" + default)
+    add("--lr", type=float, help="learning rate of the network" + default)
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
         "calls NAME() in REPO/hubconf.py, REPO a folder or GitHub's owner/repo" + default)
-    add("--weights", help="imagenet (of REPO:NAME: its own), none (random) or a FILE" + default)
+    add("--weights", help="imagenet (REPO:NAME: those it loads itself), none (random) or "
+        "FILE" + default)
     add("--embedding", type=int, default=EMBEDDING, help="its size; 0: no linear layer" + default)
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
@@ -1225,9 +1222,9 @@ def parse_args(argv=None):
     if ":" in (known.backbone or ""):
         parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
-    named = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
+    excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
     args.settings = {name: value for name, value in vars(args).items()
-                     if name not in named and value != parser.get_default(name)}
+                     if name not in excluded and value != parser.get_default(name)}
     args.hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
     args.name = os.path.basename(os.path.abspath(args.dataset))
     return args
@@ -1258,61 +1255,59 @@ def run_folder(args):
 
 def fingerprint(args, splits):
     """A checksum over the names and sizes of all photos, masks and backgrounds."""
-    root, pool, checksum = dataset_root(args.dataset, args.data), Path(args.backgrounds), 0
-    files = [(root, path) for split in splits.values() for path in (*split.images, *split.masks)]
-    files += [(pool, path) for name in ("val", "test") for path in list_photos(pool / name)]
-    for folder, path in files:
-        line = os.fsencode(f"{path.relative_to(folder)} {path.stat().st_size}\n")
-        checksum = zlib.crc32(line, checksum)
-    return f"{checksum:08x}"
+    lists = [paths for split in splits.values() for paths in (split.images, split.masks)]
+    lists += [list_photos(Path(args.backgrounds, name)) for name in ("val", "test")]
+    lines = [f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
+             for path in itertools.chain(*lists)]
+    return f"{zlib.crc32(os.fsencode(''.join(lines))):08x}"
 
 
-def make_config(args, splits):
-    """The content of config.json."""
-    cuda = args.device.startswith("cuda")
-    return {"args": vars(args), "distance": DISTANCES[args.loss].__name__,
-            "fingerprint": fingerprint(args, splits),
-            "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
-            "python": sys.version.split()[0],
-            **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
+def check_config(run, config):
+    """Raises UserError if the run was begun with other settings, hyper-parameters or data."""
+    before, now = ({**c["args"], "fingerprint of the data": c["fingerprint"]}
+                   for c in (json.loads((run / "config.json").read_text()), config))
+    for key in before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}:
+        if before[key] != now[key]:
+            raise UserError(f"{run}: its {key} changed from {before[key]} to {now[key]}; restore "
+                            "it, or give another --runs")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.report:
         text = f"# Background bias, measured\n\n{NOTES}\n\n{report(Path(args.report))}\n"
-        write(Path(args.report, "report.md"), lambda draft: draft.write_text(text, "utf-8"))
+        write_text(Path(args.report, "report.md"), text)
         return print(text)
     choose_device(args)
     splits = load_splits(args.dataset, args.data, training=args.epochs > 0)
     for name in ("val", "test") if args.epochs else ("test",):
         list_backgrounds(args, name)
-    run, config = run_folder(args), make_config(args, splits)
+    run, cuda = run_folder(args), args.device.startswith("cuda")
+    config = {"args": vars(args), "fingerprint": fingerprint(args, splits),
+              "distance": DISTANCES[args.loss].__name__,
+              "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
+              "python": sys.version.split()[0],
+              **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
     done = args.epochs and (run / "result.json").exists()
     resumed = args.epochs and (run / "last.pt").exists()
     if done or resumed:
-        begun = json.loads((run / "config.json").read_text())
-        before, now = ([c["args"]["settings"], c["args"]["hparams"], c["fingerprint"]]
-                       for c in (begun, config))
-        if before != now:
-            raise UserError(f"{run}: begun with the settings, hyper-parameters and data {before}, "
-                            f"now {now}; restore them, or give another --runs")
+        check_config(run, config)
     if done:
         print(f"{run} is finished; delete its result.json to test it again")
         return print(report(run.parent, of=run))
-    # A resumed run loads its weights from last.pt.
+    # A resumed run loads its weights from last.pt, so random weights will do here.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     if resumed:
         state.load(run / "last.pt")
     else:
-        write_json(run / "config.json", config)
+        write_text(run / "config.json", json.dumps(config, indent=2))
     print(f"{run}: {args.backbone}, {args.image_size} px, {args.device}"
           + (f", resumed after epoch {state.epochs}" if resumed else ""), flush=True)
     if not state.is_finished:
         train(args, splits, state, run)
     elif not args.epochs:
         state.save(run / "best.pt", optimiser=False)
-        (run / "attention.npz").unlink(missing_ok=True)  # the network may be another one
+        (run / "attention.npz").unlink(missing_ok=True)  # maybe of another network
     result = {**config, "epochs": state.epochs, "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")
@@ -1320,7 +1315,7 @@ def main(argv=None):
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, "
                         f"{len(labels):,} photos (data {config['fingerprint']})")
     result["test"] = run_test(state.network, splits["test"], args)
-    write_json(run / "result.json", result)
+    write_text(run / "result.json", json.dumps(result, indent=2))
     print(f"\n{report(run.parent, of=run)}\nall metrics: {run / 'result.json'}")
 
 

@@ -39,7 +39,7 @@ NEIGHBOURS = 5  # photos per row
 CANDIDATES = 1000  # queries from which --worst picks
 WIDTH, GAP, TEXT = 900, 5, 16  # px of a picture; a README shows this width
 BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
-RIGHT, WRONG = "#009e73", "#d55e00"  # also the colour-blind can tell these apart
+RIGHT, WRONG = "#009e73", "#d55e00"  # colour-blind people too can tell these apart
 
 
 # ---- 1. The score --------------------------------------------------------------------------------
@@ -47,11 +47,11 @@ RIGHT, WRONG = "#009e73", "#d55e00"  # also the colour-blind can tell these apar
 
 def attention_map(model, images, black_embedding, distance, generator):
     """Where the distance to the black image's embedding is sensitive: network input (B, 3, H, W) ->
-    (B, H, W) in [0, 1]; 0 everywhere if it is nowhere. Section 5.
+    (B, H, W) in [0, 1]. It is 0 everywhere if the distance does not change. Section 5.
 
     model: (N, 3, H, W) -> (N, D), BatchNorm in eval mode. black_embedding: (1, D). distance:
-    bgbias.euclidean or bgbias.cosine. generator: of the noise; or a list of B generators, one per
-    image, so that an image's noise does not depend on its batch.
+    bgbias.euclidean or bgbias.cosine. generator: it generates the noise. A list of B generators,
+    one per image, makes an image's noise independent of its batch.
     """
     generators = generator if isinstance(generator, list) else [generator] * len(images)
     noise = torch.stack([
@@ -71,7 +71,7 @@ def attention_map(model, images, black_embedding, distance, generator):
 
 
 def attention_score(attention, mask):
-    """(a - p) / (1 - p), at most 1, with a and p of shares(): (B, H, W), (B, 1, H, W) in [0, 1],
+    """(a - p) / (1 - p), where a and p come from shares(): (B, H, W), (B, 1, H, W) in [0, 1],
     1 = foreground -> (B,). It is nan where it is undefined: p = 1 or no attention anywhere.
     Section 5."""
     return above_chance(*shares(attention, mask))
@@ -109,19 +109,19 @@ def network_of(run, *, trained=True):
     if trained:
         saved = torch.load(run.folder / "best.pt", map_location="cpu", weights_only=True)
         network.load_state_dict(saved["network"])
-    # Without gradients of weights, less is kept for the backward pass.
+    # We need no gradients of weights, and this saves memory in the backward pass.
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 
 def photos_of(run, rows, *, draws=0):
-    """Batches of these test images."""
+    """Batches of the test images with these row numbers."""
     images, masks, labels = run.split
     some = Split([images[row] for row in rows], [masks[row] for row in rows], labels[rows])
     return make_batches(run.args, some, TEST, pool="test", draws=draws)
 
 
 def attention_maps(run, rows, network):
-    """Yields (photo (4, S, S) uint8, attention (S, S)) of these test images, on the CPU."""
+    """Yields (photo (4, S, S) uint8, attention (S, S)) of the test images `rows`, on the CPU."""
     args, size = run.args, run.args.image_size
     with torch.no_grad():
         black = network(network.normalise(torch.zeros(1, 3, size, size, device=args.device)))
@@ -137,7 +137,7 @@ def attention_maps(run, rows, network):
             yield from zip(some.cpu(), maps.cpu())
 
 
-def gather(run, rows, network):
+def collect_maps(run, rows, network):
     """Photos (N, 4, S, S) and attention (N, S, S) of a few test images."""
     photos, maps = zip(*attention_maps(run, rows, network))
     return torch.stack(photos), torch.stack(maps)
@@ -177,8 +177,8 @@ def shuffled(run):
 
 
 def pair_up(runs):
-    """[{"base": Run, "bgaugment": Run}], of runs that differ in nothing else; either may be
-    missing."""
+    """[{"base": Run, "bgaugment": Run}]: runs that differ in nothing else. Either may be missing.
+    """
     pairs = {}
     for run in sorted(runs, key=lambda run: run.args.bgaugment):  # base first
         args = run.args
@@ -235,7 +235,7 @@ def title_of(run):
 
 
 def cell_side(columns):
-    """px"""
+    """The side of a cell in px."""
     return (WIDTH + GAP) // columns - GAP
 
 
@@ -268,7 +268,7 @@ def draw_attention(pair, count, file):
     """The picture of --figure: per row an image, its mask and the maps of all runs of the pair."""
     runs = list(pair.values())
     rows = shuffled(runs[0])[:count]
-    drawn = [gather(run, rows, network_of(run)) for run in runs]
+    drawn = [collect_maps(run, rows, network_of(run)) for run in runs]
     lines, side = [], cell_side(2 + len(runs))
     for n in range(len(rows)):
         photo, mask = (TF.to_pil_image(planes).resize((side, side), Image.LANCZOS)
@@ -316,7 +316,7 @@ def nearest(run, rows):
 
 def draw_neighbours(pair, count, file, *, worst):
     """The picture of --neighbours: each query photo, its mask, the query on a new background, and
-    per run a row of the photos nearest to the latter. With `worst`, the queries are those that the
+    per run a row of the photos nearest to that. With `worst`, the queries are those that the
     new background misleads in the first run. Raises UserError if there are none."""
     first = next(iter(pair.values()))
     labels = torch.as_tensor(first.split.labels)
@@ -354,14 +354,13 @@ def draw_neighbours(pair, count, file, *, worst):
     draw_grid(lines, 3 + NEIGHBOURS, file)
 
 
-# ---- 5. Can the score be believed? Gradients can mislead (Shah et al. 2021). Beyond the paper. -----
+# ---- 5. Can the score be believed? Gradients can mislead (Shah et al. 2021). Beyond the paper. ---
 
 
 @torch.no_grad()
 def occlusion(run, network, rows):
-    """How far the embedding moves when the background is replaced, how far when the object is, and
-    the share of the image that is object: (3, N). A photo of the test pool takes their place. No
-    gradient is involved."""
+    """(3, N): how far the embedding moves when a background photo replaces the background; how far
+    when it replaces the object; the share of the image that is object. It uses no gradient."""
     moves, distance = [], DISTANCES[run.args.loss]
     for photos, backgrounds, _ in loader(photos_of(run, rows, draws=1), run.args):
         images, masks = bgbias.unpack(photos)
@@ -380,7 +379,7 @@ def check_run(run):
     attention to *this* object."""
     rows, values = sorted(shuffled(run)[:SANITY]), {}
     for title, trained in (("score", True), ("random weights", False)):
-        photos, maps = gather(run, rows, network_of(run, trained=trained))
+        photos, maps = collect_maps(run, rows, network_of(run, trained=trained))
         masks = photos[:, 3] / 255
         score, other = attention_score(maps, masks), attention_score(maps, masks.roll(1, dims=0))
         values[title] = score.nanmean()
@@ -401,12 +400,13 @@ def check_run(run):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
-        epilog="Base and BGAugment runs that differ in nothing else are compared.")
+        epilog="A base and a BGAugment run are compared if nothing else differs between them.")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
     add("--limit", type=int, metavar="N", help="score only N random test images, without saving")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--figure", type=Path, metavar="PNG", help="draw the maps of a pair")
+    either.add_argument("--figure", type=Path, metavar="PNG",
+                        help="draw the attention of one run, or of a base and a BGAugment run")
     either.add_argument("--neighbours", type=Path, metavar="PNG", help="draw the nearest photos to "
                         "some queries on new backgrounds; computes no scores")
     add("--images", type=int, default=8, metavar="N", help="images in a picture [%(default)s]")
@@ -423,7 +423,7 @@ def main(argv=None):
     if not finished:
         raise UserError(f"{args.runs[0]}: not a finished run; give folders with a result.json")
     for folder in args.runs:
-        if folder not in finished and Path(folder).is_dir():
+        if folder not in finished and not Path(folder).is_file():  # RUNS/* also gives logs
             print(f"{folder} is left out, because it is not a finished run")
     pairs = pair_up(load_run(folder, args.device) for folder in finished)
     if (args.figure or args.neighbours) and len(pairs) > 1:
