@@ -134,7 +134,7 @@ def dataset_root(dataset, data):
                         "folder deeper; put it there (README, Reproduce the paper)")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: not a folder that contains images/<class>/; give "
-                        f"one, or {', '.join(SPLITS)}")
+                        f"such a folder, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
@@ -195,17 +195,17 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     masks = [mask_path(root, image) for image in images]
     classes, train, val = len(np.unique(labels)), 0, 0
     if training:  # a user's folder is split 74 : 24 : 98, like Cars196
-        train, val = (max(1, round(classes * share / 196)) for share in (74, 24))
+        train, val = (max(2, round(classes * share / 196)) for share in (74, 24))
     ranges = {"train": range(train), "val": range(train, train + val),
               "test": range(train + val, classes)}
     splits = {}
     for name, chosen in SPLITS.get(dataset, ranges).items():
         rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
         splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
-        largest_class = np.bincount(splits[name].labels, minlength=1).max()
-        if largest_class < 2 and (training or name == "test"):
-            raise UserError(f"{root}: no class has two photos for {name}; give it at least three "
-                            f"folders {root}/images/<class>/ of photos (one for --epochs 0)")
+        photos = np.unique(splits[name].labels, return_counts=True)[1]  # of each class
+        if (len(photos) < 2 or photos.max() < 2) and (training or name == "test"):
+            raise UserError(f"{root}: too few classes for {name}; give it at least six folders "
+                            f"{root}/images/<class>/ of photos (two for --epochs 0)")
     counts = len(images), len(splits["test"].images)
     if counts != COUNTS.get(dataset, counts):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
@@ -219,7 +219,8 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     for what, paths, remedy in needed[:1 + need_masks]:
         missing = [path for path in paths if not path.is_file()]
         if missing:
-            raise UserError(f"{missing[0]}: missing {what}, one of {len(missing):,}; {remedy}")
+            raise UserError(f"{missing[0]}: this {what} is missing, and {len(missing) - 1:,} more; "
+                            f"{remedy}")
     return splits
 
 
@@ -262,8 +263,8 @@ def list_backgrounds(args, name):
     of_paper = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
     if not pool or (of_paper and len(pool) != POOL_SIZE):
         raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' * of_paper}; give a folder that contains "
-                        "val/ and test/ with photos")
+                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos "
+                        "into its folders val/ and test/")
     return pool
 
 
@@ -647,8 +648,8 @@ def build_backbone(name, weights):
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
     else:
-        raise UserError(f"--backbone {name}: unknown with --weights {weights}; give bninception, "
-                        "smallconv (--weights none), a torchvision classifier, or REPO:NAME")
+        raise UserError(f"--backbone {name}: unknown, or without weights {weights}; give a "
+                        "classifier of torchvision, bninception, smallconv or REPO:NAME")
     if weights not in ("imagenet", "none"):
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     elif (name, weights) == ("bninception", "imagenet"):
@@ -690,9 +691,8 @@ class Embedder(nn.Module):
         try:
             self.backbone = build_backbone(backbone, weights)
         except URLError as error:
-            raise UserError(f"--backbone {backbone}, --weights {weights}: the download failed "
-                            f"({error}); download the weights elsewhere and give --weights FILE"
-                            ) from error
+            raise UserError(f"--backbone {backbone}: the download of its weights failed ({error}); "
+                            "give --weights FILE, or none for random weights") from error
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
         if ":" in backbone:
             mean = own_scaling(self.backbone, "mean", mean)
@@ -703,8 +703,9 @@ class Embedder(nn.Module):
         with torch.no_grad():
             output = self.eval().backbone(torch.zeros(2, 3, size, size))
         if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-            raise UserError(f"--backbone {backbone}: its output for 2 images is "
-                            f"{getattr(output, 'shape', type(output))}; return (2, features)")
+            raise UserError(f"--backbone {backbone}: 2 images give "
+                            f"{getattr(output, 'shape', type(output))}; return one tensor (images, "
+                            "features)")
         self.width = embedding or output.shape[1]
         self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
@@ -1056,7 +1057,7 @@ def train(args, splits, state, run):
             losses.append(loss.detach())
         loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
         if not math.isfinite(loss):
-            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower one")
+            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; lower it")
         embedded = embed(network, itertools.islice(val_loader, items))
         clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
         replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
@@ -1070,14 +1071,14 @@ def train(args, splits, state, run):
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
         print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
-              f"  replaced {100 * replaced['map@r']:5.2f}  best {100 * best:5.2f} (epoch "
-              f"{state.best_epoch})  {seconds:.1f} s per epoch, at most "
-              f"{seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
+              f"  replaced {100 * replaced['map@r']:5.2f}  best {args.select} "
+              f"{100 * best:5.2f} (epoch {state.best_epoch})  {seconds:.1f} s per epoch, at most "
+              f"about {seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
-NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost* is the fall from clean to replaced, in % of
+NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost %* is the fall from clean to replaced, in % of
 clean. Numbers after ± are standard deviations: over the seeds or, if there is only one seed, over
 the draws of backgrounds (of attention: over the images), as in the paper."""
 
@@ -1092,7 +1093,7 @@ def read_result(run):
 
     clean, replaced = draws("clean"), draws("replaced")
     columns = {"clean": clean, "replaced": replaced,
-               "lost": [100 * (1 - np.mean(replaced) / clean[0]) if clean[0] else 0.0],
+               "lost %": [100 * (1 - np.mean(replaced) / clean[0]) if clean[0] else 0.0],
                "query": draws("query"), "object only": draws("object_only"),
                "background only": draws("background_only"),
                "R@1 clean": draws("clean", "recall@1"),
@@ -1138,7 +1139,7 @@ def paper_row(args):
         return []
     clean, replaced, draws, attention, images = numbers[5:] if args["bgaugment"] else numbers[:5]
     return [{"": "  paper", "clean": f"{clean:.2f}", "replaced": f"{replaced:.2f} ± {draws:.2f}",
-             "lost": f"{100 * (clean - replaced) / clean:.2f}",
+             "lost %": f"{100 * (clean - replaced) / clean:.2f}",
              "attention": f"{attention:.2f} ± {images:.2f}"}]
 
 
@@ -1183,7 +1184,8 @@ def parse_args(argv=None):
     (of the loss) and `name` (of the dataset)."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"The defaults in brackets are the paper's. Toy has others: {TOY_DEFAULTS}.")
+        epilog="Defaults in brackets; those of training are the paper's. For toy: " + ", ".join(
+            f"{key} {value}" for key, value in TOY_DEFAULTS.items()))
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
@@ -1193,7 +1195,7 @@ def parse_args(argv=None):
         "FOLDER/backgrounds]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
     add("--seed", type=int, default=42, help="fixes every random number" + default)
-    add("--epochs", type=int, help="at most this many; 0 tests the network untrained" + default)
+    add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
     add("--iterations", type=int, help="batches per epoch" + default)
     add("--patience", type=int, default=15, help="stop after this many epochs without a better "
         "validation" + default)
@@ -1207,8 +1209,8 @@ def parse_args(argv=None):
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
     add("--workers", type=int, help="processes that prepare batches [up to 8 for a GPU, else 0]")
-    add("--select", choices=("clean", "replaced"), help="validation that selects the epoch "
-        "[replaced with --bgaugment, else clean]")
+    add("--select", choices=("clean", "replaced"), help="validation score that selects the best "
+        "epoch [replaced with --bgaugment, else clean]")
     add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
     add("--report", metavar="RUNS", help="print the tables of all runs in RUNS, write report.md")
     parser.set_defaults(**DEFAULTS)  # the help shows these
@@ -1294,7 +1296,7 @@ def main(argv=None):
         check_config(run, config)
     if done:
         print(f"{run} is finished; delete its result.json to test it again")
-        return print(report(run.parent, of=run))
+        return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
     # A resumed run loads its weights from last.pt, so random weights will do here.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     if resumed:
@@ -1313,10 +1315,10 @@ def main(argv=None):
     state.load(run / "best.pt")
     labels = splits["test"].labels
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, "
-                        f"{len(labels):,} photos (data {config['fingerprint']})")
+                        f"{len(labels):,} photos, data {config['fingerprint']}")
     result["test"] = run_test(state.network, splits["test"], args)
     write_text(run / "result.json", json.dumps(result, indent=2))
-    print(f"\n{report(run.parent, of=run)}\nall metrics: {run / 'result.json'}")
+    print(f"\n{report(run.parent, of=run)}\n\n{NOTES}\nAll metrics: {run / 'result.json'}")
 
 
 def command(main):

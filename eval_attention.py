@@ -97,8 +97,10 @@ def load_run(folder, device):
     saved = json.loads(Path(folder, "result.json").read_text())
     args = argparse.Namespace(**{**saved["args"], "device": device, "workers": None})
     bgbias.choose_device(args)
-    split = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)["test"]
-    return Run(Path(folder), args, split, saved["tested"])
+    splits = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)
+    if bgbias.fingerprint(args, splits) != saved["fingerprint"]:
+        print(f"{folder}: photos, masks or backgrounds have changed since this run")
+    return Run(Path(folder), args, splits["test"], saved["tested"])
 
 
 def network_of(run, *, trained=True):
@@ -243,13 +245,14 @@ def draw_grid(rows, columns, file):
     """Writes a PNG of rows (caption, cells). A cell is (uint8 tensor or picture, text, colour of
     its frame or None). A caption stands above its row."""
     font, px = ImageFont.load_default(TEXT), cell_side(columns)
-    heights = [px + GAP + (2 * TEXT if caption else 0) for caption, _ in rows]
+    heights = [px + GAP + 2 * TEXT * len(caption.splitlines()) for caption, _ in rows]
     canvas = Image.new("RGB", (WIDTH, sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
     top = 0
-    for (caption, cells), height in zip(rows, heights):
-        draw.text((0, top + TEXT), caption, "black", font, anchor="lm")
-        top += height - px - GAP
+    for caption, cells in rows:
+        for text in caption.splitlines():
+            draw.text((0, top + TEXT), text, "black", font, anchor="lm")
+            top += 2 * TEXT
         for k, (picture, text, colour) in enumerate(cells):
             left = k * (px + GAP)
             if torch.is_tensor(picture):
@@ -338,8 +341,8 @@ def draw_neighbours(pair, count, file, *, worst):
         k = rows[q] % EVAL_BATCH
         image, mask = bgbias.unpack(photos[k:k + 1])
         replaced = bgbias.replace_background(image, mask, backgrounds[0, k]).round().byte()
-        name = "/".join(first.split.images[rows[q]].parts[-2:])[-40:]
-        name += ", picked because it is misled" if worst else ""
+        name = "/".join(first.split.images[rows[q]].parts[-2:])
+        name += ", picked because it is misled\n" if worst else "\n"
         cells = [(photos[k, :3], "query", None), (photos[k, 3], "mask", None),
                  (replaced[0], "replaced", None)]
         for variant, near in found.items():
@@ -347,9 +350,9 @@ def draw_neighbours(pair, count, file, *, worst):
             for row, hit in zip(near["replaced"][q].tolist(), hits):
                 photo = TF.center_crop(batches.photos[row], batches.size)
                 cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
-            lines.append((f"{title_of(pair[variant])}: {int(hits.sum())} of {len(hits)} right on "
-                          f"the new background, {int(right[variant]['clean'][q].sum())} of "
-                          f"{len(hits)} with its original background    {name}", cells))
+            lines.append((f"{name}{title_of(pair[variant])}: {int(hits.sum())} of {len(hits)} "
+                          f"right with the new background, {int(right[variant]['clean'][q].sum())} "
+                          f"of {len(hits)} with its original background", cells))
             cells, name = [BLANK] * 3, ""  # the second row shows the same query
     draw_grid(lines, 3 + NEIGHBOURS, file)
 

@@ -35,7 +35,7 @@ plan() {  # prints the jobs of $stage for $dataset, one per line: the name of it
                 run=$name-$loss-$variant-s$seed augment=
                 if [ "$variant" = bgaugment ]; then augment=" --bgaugment"; fi
                 if [ "$stage" = attention ]; then
-                    echo "$run python eval_attention.py $RUNS/$run*/"  # * is for settings in FLAGS
+                    echo "$run python eval_attention.py $RUNS/$run/ $RUNS/$run-*/"  # * is for FLAGS
                 else
                     echo "$run python bgbias.py --dataset $dataset --loss $loss$augment" \
                         "--seed $seed --data $DATA --runs $RUNS${FLAGS:+ $FLAGS}"
@@ -148,7 +148,9 @@ exec 3<> <(:)  # a pipe that holds the free GPUs
 for stage in ${stages:-data masks train attention report}; do
     wanted=$datasets
     if [ "$stage" = report ]; then wanted=all; fi
-    if [ "$stage" = data ] && [ "$datasets" != " toy" ]; then wanted+=" backgrounds weights"; fi
+    if [ "$stage" = data ] && [[ $datasets =~ cars196|cub200|sop ]]; then
+        wanted+=" backgrounds weights"
+    fi
     plan=$(for dataset in $wanted; do plan; done | sed -n "${task:+$((task + 1))}p")
     if [ "$task" ] && [ ! "$plan" ]; then die "--array: there is no run $task; give fewer"; fi
     if [ ! "$plan" ]; then continue; fi
@@ -157,9 +159,8 @@ for stage in ${stages:-data masks train attention report}; do
     if [ "$stage" = report ]; then rm -f "$RUNS/report.log"; fi  # other logs grow, this is shown
     printf '%s\n' "${gpus[@]}" >&3
     while read -ra job; do
-        if [ "$stage" = attention ] && ! compgen -G "$RUNS/${job[0]}*/result.json" >/dev/null; then
-            continue
-        fi
+        if [ "$stage" = attention ] && [ ! "$(ls "$RUNS/${job[0]}"{,-*}/result.json 2>/dev/null)" ]
+        then continue; fi
         next_gpu
         set -m  # gives the job its own process group, which stop() ends
         work "$gpu" "${job[@]}" &

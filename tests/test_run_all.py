@@ -1,8 +1,8 @@
-"""run_all.sh: the exact commands, fetching from a server that misbehaves, whole passes."""
+"""run_all.sh: its commands, jobs that fail or are stopped, downloads from a local server, and real runs."""
 
 import contextlib
 import hashlib
-import io
+import itertools
 import json
 import os
 import re
@@ -10,536 +10,335 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 import bgbias
-from conftest import ROOT
+from conftest import ROOT, write_shop
 
-TINY = ("--backbone smallconv --weights none --image-size 16 --iterations 1 --batch-size 8 "
-        "--device cpu")
+TINY = "--backbone smallconv --weights none --image-size 16 --iterations 1 --batch-size 8 --device cpu"
 LOSSES = ("contrastive", "triplet", "multi_similarity", "arcface", "normalized_softmax")
-OURS = "--backgrounds b --weights w.pth"  # flags with which nothing shared is fetched
-CODES = {"SIGINT": 130, "SIGTERM": 143}
-URLS = {"cub": "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-        "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
-        "photos": "https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz"}
-SUMS = {"cub": "97eceeb196236b17998738112f37df78", "sop": "7f73d41a2f44250d4779881525aea32e"}
+PAPERS = ("cars196", "cub200", "sop")
 
 
-def environment(folder, **variables):
-    """All that run_all.sh reads or writes lies in `folder`."""
-    outside = ("SLURM_ARRAY_TASK_ID", "FLAGS", "LOSSES", "SEEDS", "CUDA_VISIBLE_DEVICES")
-    kept = {name: value for name, value in os.environ.items() if name not in outside}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "DATA": f"{folder}/data", "RUNS": f"{folder}/runs", "TORCH_HOME": f"{folder}/hub",
-            "OMP_NUM_THREADS": "1", "GPUS": "none", **variables}
+@pytest.fixture
+def place(tmp_path):
+    """A folder with copies of the scripts. Data, runs and caches stay in it."""
+    for script in ("run_all.sh", "bgbias.py", "masks.py", "eval_attention.py"):
+        shutil.copy(ROOT / script, tmp_path)
+    return tmp_path
 
 
-def start(folder, *words, **variables):
-    """The process of `bash run_all.sh WORDS`; of the fixture web's copy, if there is one."""
-    script = folder / "run_all.sh"
-    if script.exists():
-        variables = {"FLAGS": "--weights w.pth", **variables}
-    else:
-        script = ROOT / "run_all.sh"
-    return subprocess.Popen(["bash", script, *map(str, words)], cwd=ROOT, text=True,
-                            env=environment(folder, **variables), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+@pytest.fixture
+def calls(place):
+    """Replaces python by a program that appends its arguments to a file. It fails if they contain $BROKEN, or if its
+    GPU is busy. Returns a function that reads the file."""
+    python = place / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\ncase "$*" in *"${BROKEN-nothing}"*) echo "cannot $*"; exit 3 ;; esac\n'
+                      'echo "$*" >>calls\nbusy=gpu-$CUDA_VISIBLE_DEVICES\nmkdir $busy && sleep 0.05 && rmdir $busy\n')
+    python.chmod(0o755)
+    return lambda: (place / "calls").read_text().splitlines()
 
 
-def run_all(folder, *words, **variables):
-    """The finished process."""
-    process = start(folder, *words, **variables)
-    output, error = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
+def start(place, *words, **variables):
+    """The process of `bash run_all.sh WORDS`, started in `place` as from a terminal."""
+    ours = ("SLURM_ARRAY_TASK_ID", "FLAGS", "LOSSES", "SEEDS", "DATA", "RUNS", "CUDA_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PATH": f"{place}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}", "GPUS": "none",
+                    "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
+    return subprocess.Popen(["bash", "run_all.sh", *words], cwd=place, env=environment | variables, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def processes(folder):
-    """The command lines that name `folder`."""
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if str(folder).encode() in file.read_bytes():
-                yield file
+def run_all(place, *words, **variables):
+    """(exit code, stdout, stderr)"""
+    process = start(place, *words, **variables)
+    output, error = process.communicate(timeout=600)
+    return process.returncode, output, error
 
 
-def stop(process, folder, signal_number):
-    """Sends the signal; (exit code, stderr). Nobody waits for what is slow, and soon after no
-    process is left."""
-    process.send_signal(signal_number)
-    _, error = process.communicate(timeout=30)
-    deadline = time.monotonic() + 15
-    while any(processes(folder)):
-        assert time.monotonic() < deadline, list(processes(folder))
-        time.sleep(0.05)
-    return process.returncode, error
+def failures(place, *words, **variables):
+    """{job: reason} as listed at the end of a pass with failures."""
+    code, output, error = run_all(place, *words, **variables)
+    assert code == 1, output + error
+    _, *lines = error.splitlines()
+    assert len(lines) == output.count("FAILED")
+    return dict(line.strip().split(": ", 1) for line in lines)
 
 
-def training_lines(datasets, losses=LOSSES, seeds=(42,), data="data", runs="runs"):
-    return [f"python bgbias.py --dataset {dataset} --loss {loss} {augment}--seed {seed} "
-            f"--data {data} --runs {runs}"
-            for dataset in datasets for seed in seeds for loss in losses
-            for augment in ("", "--bgaugment ")]
+def trainings(datasets, losses=LOSSES, seeds=(42,), flags=""):
+    return [f"bgbias.py --dataset {dataset} --loss {loss} {augment}--seed {seed} --data data --runs runs{flags}"
+            for dataset in datasets for seed in seeds for loss in losses for augment in ("", "--bgaugment ")]
 
 
-# The commands
-
-
-def test_dry_run_is_the_30_runs_of_the_paper(tmp_path):
-    done = run_all(tmp_path, "--dry-run", DATA="data", RUNS="runs")
-    lines = done.stdout.splitlines()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert lines[:5] == [f"fetch {what}" for what in
-                         ("cars196", "cub200", "sop", "backgrounds", "weights")]
-    assert lines[5:8] == [f"python masks.py --dataset {dataset} --data data"
-                          for dataset in ("cars196", "cub200", "sop")]
-    assert lines[8:38] == training_lines(("cars196", "cub200", "sop"))
-    assert lines[38] == "python eval_attention.py runs/cars196-contrastive-base-s42"
+def test_dry_run_prints_the_30_runs_of_the_paper_and_needs_no_torch(place, calls):
+    code, output, error = run_all(place, "--dry-run", GPUS="", BROKEN="import torch")
+    lines = output.splitlines()
+    assert (code, error) == (0, "")
+    assert lines[:5] == [f"fetch {what}" for what in (*PAPERS, "backgrounds", "weights")]
+    assert lines[5:8] == [f"python masks.py --dataset {dataset} --data data" for dataset in PAPERS]
+    assert lines[8:38] == [f"python {command}" for command in trainings(PAPERS)]
+    assert len({line for line in lines[38:68] if line.startswith("python eval_attention.py runs/")}) == 30
     assert lines[68:] == ["python bgbias.py --report runs"]
-    assert len(set(lines)) == len(lines)
-    assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
+    assert not {"data", "runs", "calls"} & {path.name for path in place.iterdir()}
+    code, output, error = run_all(place, "train", GPUS="", BROKEN="import torch")
+    assert (code, output) == (2, "") and "requirements.txt" in error
 
 
-def test_dry_run_of_a_choice(tmp_path):
-    done = run_all(tmp_path, "--dry-run", "train", "cub200", "toy", SEEDS="42 43",
-                   LOSSES="triplet arcface", DATA="d", RUNS="r", FLAGS="--epochs 3")
-    expected = training_lines(("cub200", "toy"), ("triplet", "arcface"), (42, 43), "d", "r")
-    assert done.stdout.splitlines() == [f"{line} --epochs 3" for line in expected]
-
-
-def test_toy_needs_neither_downloads_nor_masks(tmp_path):
-    done = run_all(tmp_path, "--dry-run", "toy", DATA="data", RUNS="runs")
-    lines = done.stdout.splitlines()
-    assert len(lines) == 10 + 10 + 1 and lines[:10] == training_lines(("toy",))
-    silent = run_all(tmp_path, "data", "masks", "toy")
-    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+def test_a_choice_and_toy_needs_neither_downloads_nor_masks(place, calls):
+    words = {"SEEDS": "42 43", "LOSSES": "triplet arcface", "FLAGS": "--epochs 3"}
+    assert run_all(place, "masks", "train", "cub200", "toy", **words)[0] == 0
+    expected = trainings(("cub200", "toy"), ("triplet", "arcface"), (42, 43), " --epochs 3")
+    assert calls() == ["masks.py --dataset cub200 --data data", *expected]
+    assert run_all(place, "toy")[0] == 0
+    assert calls()[len(expected) + 1:] == [*trainings(("toy",)), "bgbias.py --report runs"]
 
 
 @pytest.mark.parametrize("variables, gpus", [
     ({}, "012"),  # what torch counts
     ({"CUDA_VISIBLE_DEVICES": "4,7"}, "47"), ({"CUDA_VISIBLE_DEVICES": ""}, ["none"]),
-    ({"CUDA_VISIBLE_DEVICES": "4,7", "GPUS": "1"}, "1")])
-def test_which_gpus(tmp_path, variables, gpus):
-    (tmp_path / "torch.py").write_text("class cuda:\n    device_count = lambda: 3\n")
-    (tmp_path / "data/car_ims").mkdir(parents=True)
-    for folder in ("CUB_200_2011", "Stanford_Online_Products"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    variables = {"GPUS": "", "PYTHONPATH": str(tmp_path), "FLAGS": OURS, **variables}
-    done = run_all(tmp_path, "data", **variables)
-    assert done.returncode == 0 and busy(done.stdout) == set(gpus)
-
-
-def test_stopped_while_torch_is_asked(tmp_path):
-    (tmp_path / "torch.py").write_text("import time\nprint('x', file=open('%s', 'w'))\n"
-                                       "time.sleep(0.5)\nclass cuda:\n    device_count = int\n"
-                                       % (tmp_path / "asked"))
-    for name, code in CODES.items():
-        process = start(tmp_path, "train", GPUS="", PYTHONPATH=str(tmp_path))
-        while not (tmp_path / "asked").exists() and process.poll() is None:
-            time.sleep(0.01)
-        assert stop(process, tmp_path, getattr(signal, name)) == (code, "")
-        (tmp_path / "asked").unlink()
-        assert not (tmp_path / "runs").exists()
+    ({"CUDA_VISIBLE_DEVICES": "4,7", "GPUS": "1"}, "1"), ({"GPUS": "2 3"}, "23")])
+def test_which_gpus(place, variables, gpus):
+    (place / "torch.py").write_text("class cuda:\n    device_count = lambda: 3\n")
+    for folder in ("car_ims", "CUB_200_2011", "Stanford_Online_Products"):  # nothing to fetch
+        (place / "data" / folder).mkdir(parents=True)
+    _, output, _ = run_all(place, "data", **{"GPUS": "", "FLAGS": "--backgrounds b --weights w", **variables})
+    assert {*re.findall(r" on GPU (\w+),", output)} == {*gpus}
 
 
 @pytest.mark.parametrize("task", [0, 1, 17, 29])
-def test_slurm_gives_a_task_its_run(tmp_path, task):
-    done = run_all(tmp_path, "--dry-run", SLURM_ARRAY_TASK_ID=str(task), DATA="data", RUNS="runs")
-    train, attention = done.stdout.splitlines()
-    assert train == training_lines(("cars196", "cub200", "sop"))[task]
-    dataset, loss = train.split()[3], train.split()[5]
-    kind = "bgaugment" if "--bgaugment" in train else "base"
-    assert attention == f"python eval_attention.py runs/{dataset}-{loss}-{kind}-s42"
+def test_a_slurm_task_gets_its_run(place, task):
+    train, attention = run_all(place, "--dry-run", SLURM_ARRAY_TASK_ID=str(task))[1].splitlines()
+    assert train == f"python {trainings(PAPERS)[task]}"
+    dataset, loss, variant = train.split()[3], train.split()[5], "bgaugment" if "--bgaugment" in train else "base"
+    assert attention.startswith(f"python eval_attention.py runs/{dataset}-{loss}-{variant}-s42")
 
 
-@pytest.mark.parametrize("name", ["photos", "a.b/", "link", "cub200"])
-def test_a_folder_is_called_as_bgbias_calls_its_runs(tmp_path, name):
-    (tmp_path / "there/images").mkdir(parents=True)
-    if name == "link":
-        (tmp_path / name).symlink_to("there")
-    else:
-        (tmp_path / name / "images").mkdir(parents=True)
-    done = run_all(tmp_path, "--dry-run", "attention", f"{tmp_path}/{name}", LOSSES="triplet")
-    run = f"{bgbias.dataset_name(f'{tmp_path}/{name}')}-triplet-base-s42"
-    assert done.stdout.splitlines()[0] == f"python eval_attention.py {tmp_path}/runs/{run}"
+@pytest.mark.parametrize("word", ["photos/", "./photos", "photos", "a.b/", "link", "{place}/photos", "./cub200/"])
+def test_attention_finds_every_run_of_a_folder_once(place, calls, monkeypatch, word):
+    """bgbias.py names the runs. Seed 4 has none, and those of seed 421 do not belong to seed 42."""
+    monkeypatch.chdir(place)
+    for name in ("photos", "a.b", "cub200"):
+        (place / name / "images").mkdir(parents=True)
+    (place / "link").symlink_to("photos")
+    word, runs = word.format(place=place), []
+    for seed, flags in itertools.product((42, 421), ("", "--lr 0.5", "--bgaugment --lr 0.5")):
+        args = bgbias.parse_args(f"--dataset {word} --loss triplet --seed {seed} {flags}".split())
+        runs.append(bgbias.run_folder(args))
+        bgbias.write_json(runs[-1] / "result.json", {})
+    assert run_all(place, "attention", word, LOSSES="triplet", SEEDS="4 42 421")[0] == 0
+    scored = [[Path(name) for name in call.split()[1:] if Path(name).is_dir()] for call in calls()]
+    assert all(scored) and sorted(sum(scored, [])) == sorted(runs)
 
 
-@pytest.mark.parametrize("words, variables, message", [
-    (("nonsense",), {}, "error: nonsense: no stage, dataset or folder with images/<class>/"),
-    (("a b",), {}, "error: a b: a folder without spaces, please"),
-    ((), {"RUNS": "a b"}, "error: DATA and RUNS: folders without spaces, please"),
-    ((), {"SLURM_ARRAY_TASK_ID": "30"}, "there is no run of number 30")])
-def test_wrong_words(tmp_path, words, variables, message):
-    failed = run_all(tmp_path, *words, **variables)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert len(failed.stderr.splitlines()) == 1 and message in failed.stderr
+@pytest.mark.parametrize("words, variables, named", [
+    (["nonsense"], {}, "nonsense"), (["a b"], {}, "a b"), ([], {"RUNS": "a b"}, "RUNS"), ([], {"DATA": "a b"}, "DATA"),
+    ([], {"SLURM_ARRAY_TASK_ID": "30"}, "--array")])
+def test_wrong_words(place, words, variables, named):
+    code, output, error = run_all(place, *words, **variables)
+    line, = error.splitlines()
+    assert (code, output) == (2, "") and named in line
 
 
-def test_help_is_the_header(tmp_path):
-    lines = run_all(tmp_path, "--help").stdout.splitlines()
-    assert lines[0].startswith("All 30 runs") and lines[-1].endswith("flags for bgbias.py.")
-    assert not any(line.startswith(("#", "set")) for line in lines)
+def test_help_is_the_header(place):
+    header = (ROOT / "run_all.sh").read_text().split("\nset -")[0].split("\n", 1)[1]  # without #!
+    assert run_all(place, "--help")[1].split() == re.sub("^#", "", header, flags=re.M).split()
 
 
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is missing")
 def test_shellcheck():
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck here")
-    done = subprocess.run(["shellcheck", ROOT / "run_all.sh"], capture_output=True, text=True)
-    assert done.stdout == ""
+    assert subprocess.run(["shellcheck", ROOT / "run_all.sh"], capture_output=True, text=True).stdout == ""
 
 
-# Fetching
+# Jobs that fail or are stopped
 
 
-def tar(files):
-    """A .tar.gz as bytes; files {name: content}."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+def test_a_failing_run_does_not_lose_the_others(place, calls):
+    broken = "bgbias.py --dataset toy --loss triplet --bgaugment"
+    failed = failures(place, "train", "report", "toy", GPUS="0 1", BROKEN=broken)
+    assert [*failed] == ["toy-triplet-bgaugment-s42"]
+    assert re.search(f"3, .*cannot {broken}", *failed.values())  # its exit code and the last line of its log
+    others = [command for command in trainings(("toy",)) if not command.startswith(broken)]
+    assert sorted(calls()) == sorted([*others, "bgbias.py --report runs"])
 
 
-def zipped(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
+def test_failed_masks_leave_out_the_runs(place, calls):
+    for name in ("photos", "my_photos"):
+        (place / name / "images").mkdir(parents=True)
+    failed = failures(place, "masks", "train", "photos", "my_photos", BROKEN="masks.py --dataset photos")
+    assert [*failed] == ["masks-photos"]
+    assert calls() == ["masks.py --dataset my_photos --data data", *trainings(("my_photos",))]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def any_process(place):
+    """Whether a process runs in the folder."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.readlink(link) == os.path.realpath(place):
+                return True
+    return False
+
+
+def stop(process, place, name):
+    """Sends SIGTERM, or SIGINT as Ctrl-C does. Soon no process may be left."""
+    assert any_process(place)
+    send, code = {"SIGTERM": (os.kill, 143), "SIGINT": (os.killpg, 130)}[name]
+    send(process.pid, getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (code, "")
+    wait_for(lambda: not any_process(place))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped(place, calls, name):
+    """Each job has a child, which would live for ten minutes."""
+    (place / "bin/python").write_text('#!/bin/sh\nsleep 600 &\ntouch "job-$CUDA_VISIBLE_DEVICES"\nwait\n')
+    process = start(place, "train", "toy", GPUS="0 1")
+    wait_for(lambda: len([*place.glob("job-*")]) == 2)
+    stop(process, place, name)
+
+
+# Downloads
+
+URLS = {"cub": "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+        "photos": "https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz"}
+SUMS = {"cub": "97eceeb196236b17998738112f37df78", "sop": "7f73d41a2f44250d4779881525aea32e"}
+ARCHIVES = {"cub": "CUB_200_2011.tgz", "sop": "Stanford_Online_Products.zip", "photos": "unsplash_backgrounds.tar.gz"}
+FILES = {"cub": "CUB_200_2011/images/001.A/a.jpg", "sop": "Stanford_Online_Products/Ebay_train.txt",
+         "photos": "unsplash_backgrounds/val/a.jpg"}
+ONLY_DATASETS = "--backgrounds b --weights w.pth"  # FLAGS with which nothing else is fetched
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Serves server.files. It may ignore ranges, or cut the connection half-way."""
+
     def do_GET(self):
-        server = self.server
-        body, asked = server.files.get(self.path[1:]), self.headers.get("Range")
-        server.asked.append((self.path[1:], asked))
-        start = 0
-        if asked and server.ranges:
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-        if body is None or start >= len(body):
-            return self.send_error(404 if body is None else 416)
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
+        server, name, asked = self.server, self.path[1:], self.headers.get("Range")  # None or bytes=123-
+        server.asked.append((name, asked))
+        body = server.files.get(name, b"")
+        begin = int(asked[len("bytes="):-1]) if asked and server.ranges else 0
+        self.send_response(404 if not body else 206 if begin else 200)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - begin))
         self.end_headers()
-        self.wfile.write(body[start:len(body) // 2 if server.cut or server.slow else None])
-        self.close_connection = True
-        if server.slow:
-            self.wfile.flush()
-            time.sleep(15)
-
-    def log_message(self, *_):
-        pass
-
-
-def point_at(server):
-    """Writes run_all.sh with the server's addresses and checksums for the real ones."""
-    text = (ROOT / "run_all.sh").read_text()
-    for name, url in URLS.items():
-        assert text.count(url) == 1
-        text = text.replace(url, f"{server.url}/{name}")
-    for name, real in SUMS.items():
-        assert text.count(f" {real} ") == 1
-        text = text.replace(f" {real} ", f" {hashlib.md5(server.files[name]).hexdigest()} ")
-    server.script.write_text(text)
+        self.wfile.write(body[begin:len(body) // 2 if server.cut else None])
 
 
 @pytest.fixture
-def web(tmp_path):
-    """A server of small copies of all that is fetched, which may ignore ranges, cut the connection
-    half-way or stall there, and a copy of run_all.sh that asks it."""
+def web(place):
+    """A server of small archives. The copy of run_all.sh has its addresses and their checksums."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url, server.script = f"http://127.0.0.1:{server.server_port}", tmp_path / "run_all.sh"
-    server.ranges, server.cut, server.slow, server.asked = True, False, False, []
-    noise = os.urandom(50_000)  # so that half of an archive is something
-    server.files = {
-        "cub": tar({"attributes.txt": b"-", "CUB_200_2011/images/001.A/a.jpg": noise}),
-        "sop": zipped({"Stanford_Online_Products/Ebay_train.txt": noise}),
-        "photos": tar({"code-main/data/unsplash_backgrounds/val/a.jpg": noise,
-                       "code-main/data/unsplash_backgrounds/test/b.jpg": b"b"})}
-    point_at(server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.ranges, server.cut, server.asked, server.files = True, False, [], {}
+    for name, file in FILES.items():
+        path = place / "served" / name / "code-main" / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(os.urandom(50_000))  # incompressible, so half of an archive is a real part of it
+        kind = "zip" if name == "sop" else "gztar"
+        server.files[name] = Path(shutil.make_archive(place / name, kind, place / "served" / name)).read_bytes()
+    changes = {url: f"http://127.0.0.1:{server.server_port}/{name}" for name, url in URLS.items()}
+    changes |= {md5: hashlib.md5(server.files[name]).hexdigest() for name, md5 in SUMS.items()}
+    script = (ROOT / "run_all.sh").read_text()
+    for real, ours in changes.items():
+        assert script.count(real) == 1
+        script = script.replace(real, ours)
+    (place / "run_all.sh").write_text(script)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def arrived(folder):
-    """The files below data/, relative, but for the archives."""
-    archives = [folder / archive for archive in ARCHIVES.values()]
-    return sorted(str(path.relative_to(folder)) for path in (folder / "data").rglob("*")
-                  if path.is_file() and path not in archives)
+def arrived(place):
+    """The files in the folders of data/."""
+    return {str(path.relative_to(place / "data")) for path in place.glob("data/*/**/*") if path.is_file()}
 
 
-ARCHIVES = {"cub": "data/CUB_200_2011.tgz", "sop": "data/Stanford_Online_Products.zip",
-            "photos": "data/unsplash_backgrounds.tar.gz"}
-SHARED = ["data/unsplash_backgrounds/test/b.jpg", "data/unsplash_backgrounds/val/a.jpg"]
-CUB = "data/CUB_200_2011/images/001.A/a.jpg"
-SOP = "data/Stanford_Online_Products/Ebay_train.txt"
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_everything_is_fetched_once(place, web, by_hand):
+    (place / "data").mkdir()
+    for name in ARCHIVES if by_hand else ():
+        (place / "data" / ARCHIVES[name]).write_bytes(web.files[name])
+    for _ in range(2):
+        code, _, error = run_all(place, "data", "cub200", "sop", GPUS="0 1", FLAGS="--weights w.pth")
+        assert (code, error, arrived(place)) == (0, "", {*FILES.values()})
+        assert sorted(web.asked) == ([] if by_hand else [("cub", None), ("photos", None), ("sop", None)])
 
 
-def one_line(failed, *parts):
-    """`failed` ended with exit code 1 and one line for each failure, one of them with `parts`."""
-    assert failed.returncode == 1, failed.stdout + failed.stderr
-    title, *lines = failed.stderr.splitlines()
-    assert title == "failed; the same command tries again:"
-    assert len(lines) == failed.stdout.count(": FAILED, ")
-    assert sum(all(part in line for part in parts) for line in lines) == 1, lines
-    assert "Traceback" not in failed.stdout
-
-
-def test_everything_is_fetched_once(tmp_path, web):
-    done = run_all(tmp_path, "data", "cub200", "sop", GPUS="0 1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert arrived(tmp_path) == sorted([CUB, SOP, *SHARED])
-    assert sorted(web.asked) == sorted((name, None) for name in web.files)
-    assert run_all(tmp_path, "data", "cub200", "sop").returncode == 0
-    assert len(web.asked) == 3
-
-
-@pytest.mark.parametrize("served, reason", [(None, "404"), (b"<html>Please log in", "hash")])
-def test_weights_are_fetched_by_bgbias(tmp_path, web, served, reason):
-    url = bgbias.BNINCEPTION_URL
-    web.files = {url[1:]: served} if served else {}  # a proxy is asked for the whole address
-    failed = run_all(tmp_path, "data", "cub200", FLAGS="--backgrounds b", http_proxy=web.url)
-    one_line(failed, "data-weights: ", reason, f"fetch {url} elsewhere", "--weights FILE")
-    assert (url[1:], None) in web.asked
-
-
-def test_archives_put_there_by_hand(tmp_path, web):
-    """They are taken, and nobody deletes them."""
-    for name, place in ARCHIVES.items():
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / place).write_bytes(web.files[name])
-    done = run_all(tmp_path, "data", "cub200", "sop")
-    assert (done.returncode, done.stderr, web.asked) == (0, "", [])
-    assert arrived(tmp_path) == sorted([CUB, SOP, *SHARED])
-    assert all((tmp_path / place).exists() for place in ARCHIVES.values())
-
-
-def test_a_wrong_archive_put_there_by_hand(tmp_path, web):
-    archive = tmp_path / "data/CUB_200_2011.tgz"
-    archive.parent.mkdir()
-    archive.write_bytes(web.files["photos"])
-    one_line(run_all(tmp_path, "data", "cub200"), f"{archive}: its md5 does not begin with ")
-    assert archive.read_bytes() == web.files["photos"]
-
-
-def test_folders_that_are_there_and_flags_that_need_nothing(tmp_path, web):
-    for folder in ("cub200/CUB_200_2011", "Stanford_Online_Products"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    done = run_all(tmp_path, "data", "cub200", "sop", FLAGS=OURS)
-    assert (done.returncode, done.stderr, web.asked) == (0, "", [])
+def test_a_failed_download_stops_only_its_dataset(place, web, calls):
+    web.files["cub"] = web.files["photos"]  # a wrong checksum
+    del web.files["sop"]
+    failed = failures(place, "data", "train", *PAPERS, "toy", FLAGS=ONLY_DATASETS)
+    named = {"data-cars196": "data/cars196", "data-cub200": ARCHIVES["cub"], "data-sop": ARCHIVES["sop"]}
+    assert failed.keys() == named.keys() and all(named[job] in failed[job] for job in named)
+    assert calls() == trainings(("toy",), flags=f" {ONLY_DATASETS}") and arrived(place) == set()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_half_a_download_goes_on(tmp_path, web, ranges):
-    half = web.files["cub"][:20_000]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/CUB_200_2011.tgz.part").write_bytes(half)
-    web.ranges = ranges
-    done = run_all(tmp_path, "data", "cub200")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert arrived(tmp_path) == [CUB, *SHARED]
-    asked = [what for name, what in web.asked if name == "cub"]
-    assert asked == (["bytes=20000-"] if ranges else ["bytes=20000-", None])
-
-
-def test_cut_connection(tmp_path, web):
+def test_half_a_download_is_resumed(place, web, ranges):
+    """A server without ranges works at the second try."""
+    job, half = ("data", "cub200"), len(web.files["cub"]) // 2
     web.cut = True
-    failed = run_all(tmp_path, "data", "cub200")
-    archive = tmp_path / "data/CUB_200_2011.tgz"
-    one_line(failed, "data-cub200", f"{web.url}/cub: (18)", f"put that file at {archive}")
-    half = web.files["cub"][:len(web.files["cub"]) // 2]
-    assert archive.with_name("CUB_200_2011.tgz.part").read_bytes() == half
-    web.cut = False
-    assert run_all(tmp_path, "data", "cub200").returncode == 0
-    assert arrived(tmp_path) == [CUB, *SHARED]
+    assert ARCHIVES["cub"] in failures(place, *job, FLAGS=ONLY_DATASETS)["data-cub200"]
+    web.cut, web.ranges = False, ranges
+    if not ranges:
+        assert [*failures(place, *job, FLAGS=ONLY_DATASETS)] == ["data-cub200"]
+    assert run_all(place, *job, FLAGS=ONLY_DATASETS)[0] == 0 and arrived(place) == {FILES["cub"]}
+    assert [asked for _, asked in web.asked] == [None, f"bytes={half}-", *([] if ranges else [None])]
 
 
-def test_checksum(tmp_path, web):
-    web.files["cub"] = tar({"CUB_200_2011/images/001.A/a.jpg": b"something else"})
-    failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, "data/CUB_200_2011.tgz: its md5 does not begin with ", "delete it")
-    assert arrived(tmp_path) == SHARED
+# Real runs
 
 
-@pytest.mark.parametrize("name, code", CODES.items())
-def test_stopped_while_fetching(tmp_path, web, name, code):
-    """It does not wait for a slow server; what came so far is kept."""
-    web.slow = True
-    process = start(tmp_path, "data", "cub200", "sop", GPUS="0 1")
-    part = tmp_path / "data/CUB_200_2011.tgz.part"
-    while not (part.exists() and part.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
-    assert stop(process, tmp_path, getattr(signal, name)) == (code, "")
-    assert web.files["cub"].startswith(part.read_bytes())
+def test_two_settings_are_two_rows_with_their_seeds(place):
+    """Under SLURM: tasks 0 and 2 are the base runs of the two seeds, and two tasks run at the same time."""
+    write_shop(place)
+    first, second = ({"LOSSES": "triplet", "SEEDS": "1 2", "FLAGS": f"--epochs {epochs} {TINY}"} for epochs in (1, 2))
+    assert run_all(place, "train", "shop", SLURM_ARRAY_TASK_ID="0", **first)[0] == 0
+    tasks = [start(place, "shop", SLURM_ARRAY_TASK_ID=task, **second) for task in ("0", "2")]
+    assert [task.communicate()[1] for task in tasks] == ["", ""]
+    assert len([*place.glob("runs/*/attention.npz")]) == 3
+    _, output, _ = run_all(place, "report")
+    report = (place / "runs/report.md").read_text()
+    assert report in output
+    rows = re.findall(r"^\| (triplet.*), iterations.*? \| (\d)", report, re.M)
+    assert rows == [("triplet, epochs 1", "1"), ("triplet, epochs 2", "2")]
 
 
-def test_killed_while_fetching(tmp_path, web):
-    """Nobody can tidy up then, so the next start does, and nothing lies anywhere else."""
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "data/CUB_200_2011.new/half").mkdir(parents=True)  # killed while it was unpacked
-    web.slow = True
-    process = start(tmp_path, "data", "cub200", FLAGS=OURS, TMPDIR=str(tmp_path / "tmp"))
-    part = tmp_path / "data/CUB_200_2011.tgz.part"
-    while not (part.exists() and part.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    for file in processes(tmp_path):  # those that it has started live on
-        os.kill(int(file.parent.name), signal.SIGKILL)
-    process.communicate(timeout=30)
-    web.slow = False
-    done = run_all(tmp_path, "data", "cub200", FLAGS=OURS, TMPDIR=str(tmp_path / "tmp"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert arrived(tmp_path) == [CUB] and not list((tmp_path / "data").glob("*.new"))
-    assert not list((tmp_path / "tmp").iterdir())
+def learned(run):
+    """All numbers of a finished run except the seconds."""
+    saved = torch.load(run / "last.pt", weights_only=True)
+    weights = {name: tensor.tolist() for name, tensor in saved["network"].items()}
+    return ([{**row, "seconds": 0} for row in saved["history"]], weights,
+            json.loads((run / "result.json").read_text())["test"])
 
 
-def test_killed_just_after_unpacking(tmp_path, web):
-    (tmp_path / "data/CUB_200_2011.new").mkdir(parents=True)
-    (tmp_path / "data/CUB_200_2011").mkdir()
-    assert run_all(tmp_path, "data", "cub200", FLAGS=OURS).returncode == 0
-    assert not (tmp_path / "data/CUB_200_2011.new").exists() and not web.asked
-
-
-def test_a_failed_download_stops_only_its_dataset(tmp_path, web):
-    del web.files["sop"], web.files["photos"]
-    failed = run_all(tmp_path, "data", "report", "sop", "toy")
-    one_line(failed, "data-sop", "404")
-    one_line(failed, "data-backgrounds", "404")
-    one_line(failed, "report: exit code 2, bgbias.py: error: --report", "no finished run")
-
-
-def test_no_network(tmp_path, web):
-    web.shutdown()
-    web.server_close()
-    failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, f"{web.url}/cub: (7)", "onnect", "try again")
-
-
-def test_missing_on_the_server(tmp_path, web):
-    del web.files["photos"]
-    failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, f"{web.url}/photos: ", "404", "data/unsplash_backgrounds.tar.gz")
-    assert arrived(tmp_path) == [CUB]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_no_space(tmp_path, web):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/CUB_200_2011.tgz.part").symlink_to("/dev/full")
-    failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, f"{web.url}/cub: (23)", "writ", f"{tmp_path}/data/CUB_200_2011.tgz")
-
-
-@pytest.mark.parametrize("content, message", [
-    (tar({"../evil": b"x", "unsplash_backgrounds/val/a.jpg": b"a"}), "not unpacked, "),
-    (tar({"something/val/a.jpg": b"a"}), "has no folder unsplash_backgrounds"),
-    (tar({"unsplash_backgrounds/val/a.jpg": os.urandom(9000)})[:4000], "not unpacked, "),
-    (b"<html>Please log in</html>", "not unpacked, ")])
-def test_bad_archives(tmp_path, web, content, message):
-    web.files["photos"] = content
-    failed = run_all(tmp_path, "data", "cub200")
-    one_line(failed, "data/unsplash_backgrounds.tar.gz", message, "delete it")
-    assert not (tmp_path / "data/unsplash_backgrounds").exists()
-    assert not (tmp_path / "evil").exists() and not (tmp_path / "data/evil").exists()
-
-
-def test_zip_does_not_leave_its_folder(tmp_path, web):
-    web.files["sop"] = zipped({"../evil": b"x", f"{tmp_path}/evil": b"x",
-                               "Stanford_Online_Products/Ebay_train.txt": b"a"})
-    point_at(web)
-    assert run_all(tmp_path, "data", "sop").returncode == 0
-    assert arrived(tmp_path) == [SOP, *SHARED]
-    assert not (tmp_path / "evil").exists()
-
-
-def test_cars196_says_what_to_put_where(tmp_path, web):
-    failed = run_all(tmp_path, "data", "train", "cars196")
-    one_line(failed, f"{tmp_path}/data/cars196", "car_ims/", "cars_annos.mat", "devkit/")
-    assert "bgbias.py" not in failed.stdout  # its runs are left out
-    (tmp_path / "data/cars196/car_ims").mkdir(parents=True)
-    assert run_all(tmp_path, "data", "cars196").returncode == 0
-
-
-# Whole passes
-
-
-def busy(output):
-    """Whether no GPU had two commands at a time, and which GPUs there were."""
-    owner, gpus = {}, set()
-    for line in output.splitlines():
-        if found := re.match(r"\S+ (\S+): \S+ on GPU (\w+),", line):
-            name, gpu = found.groups()
-            assert gpu not in owner.values()
-            owner[name] = gpu
-            gpus.add(gpu)
-        elif found := re.match(r"\S+ (\S+): (\S+ is done|FAILED)", line):
-            owner.pop(found[1], None)
-    return gpus
-
-
-def test_a_failing_run_does_not_lose_the_others(shop):
-    broken = shop / "runs/shop-triplet-base-s1"
-    broken.mkdir(parents=True)
-    (broken / "config.json").write_text('{"args": {"loss": "contrastive"}}')
-    (broken / "last.pt").touch()
-    failed = run_all(shop, "data", "train", "attention", "report", "cars196", shop / "shop",
-                     LOSSES="triplet", SEEDS="1", GPUS="none cpu", FLAGS=f"{TINY} --epochs 1")
-    one_line(failed, "data-cars196", "nobody serves it")
-    one_line(failed, f"shop-triplet-base-s1: exit code 2, bgbias.py: error: {broken}/config.json: ")
-    assert len(failed.stderr.splitlines()) == 3
-    assert busy(failed.stdout) == {"none", "cpu"}
-    done = shop / "runs/shop-triplet-bgaugment-s1"
-    for file in ("result.json", "attention.json"):
-        assert list((shop / "runs").glob(f"*/{file}")) == [done / file]
-    assert failed.stdout.endswith((shop / "runs/report.log").read_text())
-    assert "triplet + BGAugment" in (shop / "runs/report.log").read_text()
-
-
-def test_failed_masks_leave_out_the_runs(tmp_path):
-    (tmp_path / "empty/images").mkdir(parents=True)
-    failed = run_all(tmp_path, "masks", "train", tmp_path / "empty", FLAGS=TINY)
-    one_line(failed, "masks-empty: exit code ")
-    assert "empty-contrastive" not in failed.stdout
-
-
-def test_a_log_that_cannot_be_written(tmp_path):
-    (tmp_path / "runs/data-cars196.log").mkdir(parents=True)
-    failed = run_all(tmp_path, "data", "cars196", FLAGS=OURS)
-    assert failed.returncode == 1 and "  data-cars196: exit code 1" in failed.stderr
-    assert "data-weights: data is done" in failed.stdout
-
-
-def test_interrupted_and_resumed(shop):
-    words = ("train", shop / "shop")
-    variables = dict(LOSSES="triplet", FLAGS=f"{TINY} --epochs 20 --patience 20")
-    process = start(shop, *words, **variables)
-    first, second = (shop / f"runs/shop-triplet-{kind}-s42" for kind in ("base", "bgaugment"))
-    while not (second / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    assert stop(process, shop, signal.SIGTERM) == (143, "")
-    assert (first / "result.json").exists() and not (second / "result.json").exists()
-    before = (second / "log.jsonl").read_text().splitlines()
-    stamp = (first / "result.json").stat().st_mtime_ns
-
-    done = run_all(shop, *words, **variables)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (first / "result.json").stat().st_mtime_ns == stamp
-    after = (second / "log.jsonl").read_text().splitlines()
-    *kept, last = before  # an epoch that was stopped between the log and last.pt is done again
-    assert after[:len(kept)] == kept and len(after) == 20
-    again, last = (json.loads(line) for line in (after[len(kept)], last))
-    assert {**again, "seconds": 0} == {**last, "seconds": 0}
-    assert json.loads((second / "result.json").read_text())["epochs"] == 20
+def test_stopped_and_resumed_equals_uninterrupted(place):
+    """Task 1 is the BGAugment run."""
+    write_shop(place)
+    variables = {"LOSSES": "triplet", "SLURM_ARRAY_TASK_ID": "1", "FLAGS": f"--epochs 40 --patience 40 {TINY}"}
+    assert run_all(place, "train", "shop", **variables, RUNS="whole")[0] == 0
+    whole, = place.glob("whole/*-bgaugment-*/")
+    run = place / "runs" / whole.name
+    process = start(place, "train", "shop", **variables)
+    wait_for((run / "last.pt").exists)
+    stop(process, place, "SIGINT")
+    *kept, _ = (run / "log.jsonl").read_text().splitlines()  # the last epoch may have been stopped before last.pt
+    assert not (run / "result.json").exists()
+    assert run_all(place, "train", "shop", **variables)[0] == 0
+    assert learned(run) == learned(whole)
+    assert (run / "log.jsonl").read_text().splitlines()[:len(kept)] == kept
