@@ -63,7 +63,7 @@ POOL_SIZE = 100  # background photos in each of val/ and test/
 # The paper's results, first base, then BGAugment: test MAP@R in % on clean photos; MAP@R with
 # replaced backgrounds and its standard deviation over the draws; attention score and its standard
 # deviation over the images.
-PAPER = {tuple(row.split()[:2]): [float(number) for number in row.split()[2:]] for row in """
+PAPER = {tuple(row[:2]): [*map(float, row[2:])] for row in map(str.split, """
 cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
 cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
 cars196  multi_similarity    18.80  16.25 0.06  0.52 0.09    15.61  15.48 0.05  0.50 0.09
@@ -79,7 +79,7 @@ sop      triplet             36.71   6.05 0.06  0.08 0.17    29.63  21.39 0.07  
 sop      multi_similarity    39.65   6.51 0.06  0.11 0.17    32.67  24.00 0.07  0.28 0.19
 sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  0.26 0.17
 sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
-""".strip().splitlines()}
+""".strip().splitlines())}
 
 DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
                 weights="imagenet")
@@ -193,23 +193,24 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
     masks = [mask_path(root, image) for image in images]
-    classes, train, val = len(np.unique(labels)), 0, 0
+    classes, trained, seen = len(np.unique(labels)), 0, 0
     if training:  # a user's folder is split 74 : 24 : 98, like Cars196
-        train, val = (max(2, round(classes * share / 196)) for share in (74, 24))
-    ranges = {"train": range(train), "val": range(train, train + val),
-              "test": range(train + val, classes)}
+        trained = max(2, round(classes * 74 / 196))
+        seen = trained + max(2, round(classes * 24 / 196))
+    ranges = {"train": range(trained), "val": range(trained, seen), "test": range(seen, classes)}
     splits = {}
     for name, chosen in SPLITS.get(dataset, ranges).items():
         rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
         splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
-        photos = np.unique(splits[name].labels, return_counts=True)[1]  # of each class
-        if (len(photos) < 2 or photos.max() < 2) and (training or name == "test"):
-            raise UserError(f"{root}: too few classes for {name}; give it at least six folders "
-                            f"{root}/images/<class>/ of photos (two for --epochs 0)")
     counts = len(images), len(splits["test"].images)
     if counts != COUNTS.get(dataset, counts):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
                         "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
+    for name in splits if training else ("test",):
+        photos = np.unique(splits[name].labels, return_counts=True)[1]  # of each class
+        if need_masks and (len(photos) < 2 or photos.max() < 2):
+            raise UserError(f"{root}: too few classes for {name}; give it at least six folders "
+                            f"{root}/images/<class>/ of photos (two for --epochs 0)")
     mask, photos = Counter(masks).most_common(1)[0]
     if photos > 1:
         raise UserError(f"{mask}: two photos share this mask; rename one of them")
@@ -345,7 +346,7 @@ def write(path, save):
 
 
 def write_text(path, text):
-    write(path, lambda draft: draft.write_text(text, "utf-8"))
+    write(path, lambda draft: draft.write_text(text, "utf-8", "backslashreplace"))
 
 
 # ---- 3. Batches: decoding once, crops, background replacement ------------------------------------
@@ -675,8 +676,8 @@ def own_scaling(network, name, default):
     attribute is three numbers for RGB in [0, 1], and we scale it to [0, 255]. Raises UserError."""
     if not hasattr(network, name):
         return default
-    values = torch.as_tensor(getattr(network, name)).detach().flatten().tolist()
-    if len(values) != 3 or not 0 <= min(values) <= max(values) <= 1:
+    values = torch.as_tensor(getattr(network, name)).detach().float().flatten().tolist()
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
         raise UserError(f"--backbone: the network's {name} is {values}; give 3 numbers in [0, 1]")
     return [255 * value for value in values]
 
@@ -716,7 +717,7 @@ class Embedder(nn.Module):
 
     def forward(self, x):
         features = self.backbone(x.contiguous(memory_format=torch.channels_last))
-        return F.normalize(self.head(features.float()), dim=1)
+        return F.normalize(self.head(features.to(self.mean.dtype)), dim=1)
 
     def train(self, mode=True):
         super().train(mode)
@@ -730,7 +731,7 @@ class Embedder(nn.Module):
 # ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
 # Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Class
-# weights, also called proxies, are one vector per class. Pair losses ignore them. All losses ignore
+# weights, also called proxies, are one vector per class. Pair losses ignore them. The others ignore
 # `lr_loss`, their learning rate, which the optimiser uses. [x]+ is max(x, 0).
 
 
@@ -1100,7 +1101,8 @@ def read_result(run):
                "R@1 replaced": draws("replaced", "recall@1")}
     if (run / "attention.npz").exists():
         scores = np.load(run / "attention.npz")["score"]
-        columns["attention"] = scores[np.isfinite(scores)]
+        if np.isfinite(scores).any():
+            columns["attention"] = scores[np.isfinite(scores)]
     return {**result, "columns": columns}
 
 
@@ -1109,8 +1111,8 @@ def row_name(result):
     args = result["args"]
     name = args["loss"] if args["epochs"] else "not trained"
     hparams = HPARAMS.get(args["dataset"], HPARAMS["cars196"]).get(args["loss"], {})
-    edited = {key: value for key, value in args["hparams"].items()
-              if args["epochs"] and hparams.get(key) != value}  # HPARAMS changed since
+    edited = {key: args["hparams"].get(key) for key in sorted(args["hparams"] | hparams)
+              if args["epochs"] and args["hparams"].get(key) != hparams.get(key)}
     settings = [f"{key.replace('_', ' ')} {value}"
                 for key, value in (args["settings"] | edited).items()]
     return ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
@@ -1125,9 +1127,9 @@ def mean_and_std(values):
 def table_row(name, results):
     """The row {column: text} of results that differ only in the seed."""
     row = {"": name, "seeds": str(len(results))}
-    for column in dict.fromkeys(column for result in results for column in result["columns"]):
-        if all(column in result["columns"] for result in results):
-            values = [result["columns"][column] for result in results]
+    for column in results[0]["columns"]:
+        values = [result["columns"][column] for result in results if column in result["columns"]]
+        if len(values) == len(results):  # otherwise some seeds have no attention score
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
     return row
 
@@ -1191,8 +1193,8 @@ def parse_args(argv=None):
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
     add("--bgaugment", action="store_true", help="replace the background of every training image")
     add("--data", default="data", help="folder that holds the named datasets" + default)
-    add("--backgrounds", help="folder with photos in val/ and test/ [DATA/unsplash_backgrounds, or "
-        "FOLDER/backgrounds]")
+    add("--backgrounds", type=os.path.normpath, help="folder with photos in val/ and test/ "
+        "[DATA/unsplash_backgrounds, or FOLDER/backgrounds]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
     add("--seed", type=int, default=42, help="fixes every random number" + default)
     add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
@@ -1302,6 +1304,7 @@ def main(argv=None):
     if resumed:
         state.load(run / "last.pt")
     else:
+        (run / "attention.npz").unlink(missing_ok=True)  # its scores are of another network
         write_text(run / "config.json", json.dumps(config, indent=2))
     print(f"{run}: {args.backbone}, {args.image_size} px, {args.device}"
           + (f", resumed after epoch {state.epochs}" if resumed else ""), flush=True)
@@ -1309,7 +1312,6 @@ def main(argv=None):
         train(args, splits, state, run)
     elif not args.epochs:
         state.save(run / "best.pt", optimiser=False)
-        (run / "attention.npz").unlink(missing_ok=True)  # maybe of another network
     result = {**config, "epochs": state.epochs, "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")

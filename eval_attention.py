@@ -179,13 +179,15 @@ def shuffled(run):
 
 
 def pair_up(runs):
-    """[{"base": Run, "bgaugment": Run}]: runs that differ in nothing else. Either may be missing.
-    """
+    """[{"base": Run, "bgaugment": Run}]: runs with no other difference. Either may be missing."""
     pairs = {}
     for run in sorted(runs, key=lambda run: run.args.bgaugment):  # base first
-        args = run.args
-        key = run.folder.parent, run.tested, args.loss, args.epochs, args.seed, str(args.settings)
-        pairs.setdefault(key, {})["bgaugment" if args.bgaugment else "base"] = run
+        args, variant = run.args, "bgaugment" if run.args.bgaugment else "base"
+        key = [run.folder.parent, run.tested, args.loss, args.epochs, args.seed, args.settings,
+               args.hparams]
+        while variant in pairs.setdefault(str(key), {}):
+            key.append("a copy of the run")
+        pairs[str(key)][variant] = run
     return list(pairs.values())
 
 
@@ -214,8 +216,9 @@ def score_table(pairs, scores):
             defined = [score for score, _, _ in found.values() if np.isfinite(score)]
             row = {"": run.folder.name, "images": f"{len(found):,}",
                    "attention": bgbias.mean_and_std(defined) if defined else "undefined"}
-            papers = bgbias.paper_row(vars(run.args))
-            rows += [row, *({key: paper[key] for key in ("", "attention")} for paper in papers)]
+            rows.append(row)
+            for paper in bgbias.paper_row(vars(run.args)):
+                rows.append({"": paper[""], "attention": paper["attention"]})
             if undefined:
                 notes.append(f"{run.folder}: {len(undefined):,} images are left out, because "
                              "their mask is full or their map is flat, among them "
@@ -302,9 +305,8 @@ def heated(photo, attention):
 
 
 def nearest(run, rows):
-    """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos that are nearest to the
-    photos `rows`, clean and with a new background. These are the conditions clean and query (draw
-    0) of the test."""
+    """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos nearest to the photos
+    `rows`, clean and with a new background (the conditions clean and query, draw 0, of the test)."""
     batches = photos_of(run, range(len(run.split.images)), draws=1)
     embeddings = bgbias.embed(network_of(run), loader(batches, run.args))
     center = embeddings["clean"][0].mean(dim=0)  # saves precision, as in retrieval_metrics()

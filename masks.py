@@ -145,7 +145,10 @@ def check(folder, model):
             mask = segment(image)
         else:
             raise UserError(f"{truth}: neither {pred.name} nor {stem}image.* is beside it; add one")
-        iou, overlap = mask_quality(mask, open_mask(truth))
+        try:
+            iou, overlap = mask_quality(mask, open_mask(truth))
+        except ValueError as error:
+            raise UserError(f"{truth}: {error}; correct it, or remove it") from error
         results.append(Quality(iou, overlap, truth, image, mask))
         print(f"{iou:8.4f} {overlap:8.4f}  {truth}", flush=True)
     return results
@@ -177,6 +180,8 @@ def suspicious_first(outcomes):
 
 def contact_sheet(entries, out):
     """Writes the PNG `out`: photo, mask and cut-out of each (path of the photo, mask, caption)."""
+    if not entries:
+        raise UserError(f"--sheet {out}: there are no masks to show; make them first")
     width, height = 3 * THUMB + 16, THUMB + 20  # of an entry
     rows = -(-len(entries) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * width, rows * height), "white")

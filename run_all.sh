@@ -12,17 +12,16 @@
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
 # Each GPU (default: all visible ones) does one run at a time. The same command again skips finished
-# runs and resumes interrupted ones. A failure stops only what depends on it. Failures are listed at
-# the end, and the exit code is then 1. The variables DATA and RUNS name other folders than data and
-# runs. FLAGS holds more flags for bgbias.py, such as FLAGS="--lr 1e-5"; such runs have their own
-# folders.
+# runs and resumes interrupted ones. Failures stop only what depends on them and are listed at the
+# end (exit code 1). DATA and RUNS name other folders than data and runs. FLAGS holds more flags for
+# bgbias.py, such as FLAGS="--lr 1e-5"; such runs have their own folders.
 set -euo pipefail
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
 plan() {  # prints the jobs of $stage for $dataset, one per line: the name of its log, its command
-    local name=$dataset seed loss variant run augment
+    local name=$dataset seed loss augment variant run
     if [ -d "$dataset/images" ]; then name=$(cd "$dataset" && basename "$PWD"); fi
     if grep -Fq -e "  data-$name: " -e "  masks-$name: " <<<"$failed"; then return; fi
     case $stage-$dataset in
@@ -31,9 +30,9 @@ plan() {  # prints the jobs of $stage for $dataset, one per line: the name of it
         data-* | masks-toy) ;;  # a folder exists already, and toy is drawn with its masks
         masks-*) echo "masks-$name python masks.py --dataset $dataset --data $DATA" ;;
         train-* | attention-*)
-            for seed in $SEEDS; do for loss in $LOSSES; do for variant in base bgaugment; do
-                run=$name-$loss-$variant-s$seed augment=
-                if [ "$variant" = bgaugment ]; then augment=" --bgaugment"; fi
+            for seed in $SEEDS; do for loss in $LOSSES; do for augment in "" " --bgaugment"; do
+                variant=${augment:+bgaugment}
+                run=$name-$loss-${variant:-base}-s$seed
                 if [ "$stage" = attention ]; then
                     echo "$run python eval_attention.py $RUNS/$run/ $RUNS/$run-*/"  # * is for FLAGS
                 else
@@ -41,7 +40,6 @@ plan() {  # prints the jobs of $stage for $dataset, one per line: the name of it
                         "--seed $seed --data $DATA --runs $RUNS${FLAGS:+ $FLAGS}"
                 fi
             done; done; done ;;
-        report-*) echo "report python bgbias.py --report $RUNS" ;;
     esac
 }
 
@@ -49,34 +47,29 @@ work() {  # work GPU NAME COMMAND: runs a job, then returns the GPU and the erro
     local log=$RUNS/$2.log reason=
     say "$2: $stage on GPU $1, log in $log"
     # shellcheck disable=SC2048  # expands the * of attention
-    if (CUDA_VISIBLE_DEVICES=$1 ${*:3}) >>"$log" 2>&1 </dev/null; then
-        say "$2: $stage is done"
-    else
-        reason="$2: exit code $?, $(tail -n 1 "$log" 2>&1 || true)"
-        say "${reason/:/: FAILED,}"
-    fi
+    (CUDA_VISIBLE_DEVICES=$1 ${*:3}) >>"$log" 2>&1 </dev/null ||
+        reason="$2: $stage FAILED, exit code $?, $(tail -n 1 "$log" 2>&1 || true)"
+    say "${reason:-$2: $stage is done}"
     echo "$1 $reason" >&3
 }
 
 next_gpu() {  # waits for a free GPU, sets gpu to it, and records the error of its last job
-    local reason
     read -r gpu reason <&3
     failed+=${reason:+  $reason$'\n'}
 }
 
-stop() {  # stop EXIT_CODE: ends the jobs and their processes, then this script
+stop() {  # ends the jobs and their processes, then this script
+    say "stopped; the same command resumes"
     exec 2>/dev/null  # bash would print "Terminated" for each job
     for job in $(jobs -p); do kill -- "-$job" || true; done
     wait
-    exit "$1"
+    exit 130
 }
 
 fetch() {  # fetch WHAT: downloads it, unless it exists
-    local dataset=$1
-    case $dataset in
+    case $1 in
         cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "cars196 has no download; put into $DATA/cars196 car_ims/, cars_annos.mat or" \
-                "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat" ;;
+            die "cars196 has no download; put it into $DATA (README, Reproduce the paper)" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
         sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
@@ -91,29 +84,23 @@ fetch() {  # fetch WHAT: downloads it, unless it exists
 
 get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive, FOLDER.SUFFIX
     local folder=$DATA/$1 archive=$DATA/$1$2 new=$DATA/$1.new
-    if [ -e "$folder" ] || [ -e "$DATA/$dataset/$1" ]; then return; fi
+    if [ -e "$folder" ] || compgen -G "$DATA/*/$1" >/dev/null; then return; fi
     if [ ! -e "$archive" ]; then
         curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time 60 --retry 3 \
             --continue-at - --output "$archive.part" "$4" || {
-            if [ $? = 33 ]; then rm "$archive.part"; fi  # the server cannot resume it
-            die "$4: the download failed; try again, or put that file at $archive"
-        }
+            [ $? != 33 ] || rm "$archive.part"  # 33: the server cannot resume it
+            die "$4: the download failed; try again, or put that file at $archive"; }
         mv "$archive.part" "$archive"
     fi
     [[ $(md5sum <"$archive") == "$3"* ]] || die "$archive: its md5 is not $3; delete it"
     rm -rf "$new"
-    mkdir "$new"
-    case $2 in
-        .zip) python -m zipfile -e "$archive" "$new" ;;
-        *) tar -xof "$archive" -C "$new" ;;
-    esac || die "$archive: cannot be unpacked; delete it"
+    python -c "import shutil, sys; shutil.unpack_archive(*sys.argv[1:])" "$archive" "$new" ||
+        die "$archive: cannot be unpacked; delete it"
     mv "$(find "$new" -type d -name "$1" -print -quit)" "$folder"
     rm -r "$new"
 }
 
-trap 'stop 129' HUP
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap stop HUP INT TERM USR1 USR2  # SLURM sends the last two before a time limit
 : "${DATA:=data}" "${RUNS:=runs}" "${SEEDS:=42}" "${FLAGS:=}"
 : "${LOSSES:=contrastive triplet multi_similarity arcface normalized_softmax}"
 [ -e bgbias.py ] || die "bgbias.py is not here; start in its folder"
@@ -134,20 +121,19 @@ done
 : "${datasets:= cars196 cub200 sop}"
 task=${SLURM_ARRAY_TASK_ID:-}
 if [ "$task" ]; then : "${stages:=train attention}"; fi
-if [ ! "$dry" ]; then
-    count_gpus="import torch; print(*range(torch.cuda.device_count()))"
-    GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-$(python -c "$count_gpus" 2>/dev/null)}} ||
-        die "python has no torch; activate the environment, or install requirements.txt"
-fi
+count_gpus="import torch; print(*range(torch.cuda.device_count()))"
+[ "$dry" ] || visible=$(python -c "$count_gpus" 2>/dev/null) ||
+    die "python has no torch; activate the environment, or install requirements.txt"
 export CUDA_DEVICE_ORDER=PCI_BUS_ID  # number GPUs as nvidia-smi does
-: "${GPUS:=}"
-read -ra gpus <<<"${GPUS//,/ }"
-if [ ${#gpus[@]} = 0 ]; then gpus=(none); fi
+GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-${visible-}}}
+IFS=', ' read -ra gpus <<<"${GPUS:-none}"
 exec 3<> <(:)  # a pipe that holds the free GPUs
-
 for stage in ${stages:-data masks train attention report}; do
     wanted=$datasets
-    if [ "$stage" = report ]; then wanted=all; fi
+    if [ "$stage" = report ]; then
+        ${dry:+echo} python bgbias.py --report "$RUNS" || failed+="  report: exit code $?"$'\n'
+        continue
+    fi
     if [ "$stage" = data ] && [[ $datasets =~ cars196|cub200|sop ]]; then
         wanted+=" backgrounds weights"
     fi
@@ -156,22 +142,19 @@ for stage in ${stages:-data masks train attention report}; do
     if [ ! "$plan" ]; then continue; fi
     if [ "$dry" ]; then cut -d ' ' -f 2- <<<"$plan"; continue; fi
     mkdir -p "$DATA" "$RUNS"
-    if [ "$stage" = report ]; then rm -f "$RUNS/report.log"; fi  # other logs grow, this is shown
     printf '%s\n' "${gpus[@]}" >&3
     while read -ra job; do
-        if [ "$stage" = attention ] && [ ! "$(ls "$RUNS/${job[0]}"{,-*}/result.json 2>/dev/null)" ]
-        then continue; fi
+        scorable=$(ls "$RUNS/${job[0]}"{,-*}/result.json 2>/dev/null) || true
+        if [ "$stage" = attention ] && [ ! "$scorable" ]; then continue; fi
         next_gpu
         set -m  # gives the job its own process group, which stop() ends
         work "$gpu" "${job[@]}" &
         set +m
     done <<<"$plan"
     for gpu in "${gpus[@]}"; do next_gpu; done
-    if [ "$stage" = report ]; then cat "$RUNS/report.log"; fi
 done
 
 if [ "$failed" ]; then
-    echo "failed; the same command tries again:" >&2
-    echo -n "$failed" >&2
+    echo "failed; the same command tries again:"$'\n'"${failed%?}" >&2
     exit 1
 fi

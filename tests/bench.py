@@ -1,11 +1,11 @@
-"""How fast bgbias is, beside the plain way of doing the same. Run by hand:
+"""How fast bgbias is, beside the plain way of doing the same. Run it by hand:
 
     python tests/bench.py                    # all parts, some minutes on two cores
     python tests/bench.py input network      # some of them
 
-Prints a Markdown table: work, our time, the peer's, their ratio; medians of several rounds in which
-both take turns. Referees that are not installed are left out: pip install pytorch-metric-learning
-faiss-cpu pretrainedmodels six munch.
+It prints a Markdown table: work, our time, the peer's, their ratio. Times are medians of several
+rounds in which both take turns. Peers that are not installed are left out: pip install
+pytorch-metric-learning faiss-cpu pretrainedmodels six munch.
 """
 
 import argparse
@@ -60,12 +60,13 @@ def row(name, ours, peer_name, peer, *, wanted, faster=True, rounds=ROUNDS, cloc
 
 
 def installed(module):
-    """The module, or None with a word."""
+    """Whether a module is installed. If not, the table says so."""
     try:
-        return __import__(module)
+        __import__(module)
     except ImportError:
         print(f"| ({module} is not installed) | | | | |")
-        return None
+        return False
+    return True
 
 
 def photos(folder, count, size, mode="RGB"):
@@ -91,8 +92,8 @@ def bench_input():
         pool = photos(f"{folder}/pool", 20, (1280, 960))
         labels = np.repeat(np.arange(8), 4)
         batches = bgbias.Batches(
-            photos=bgbias.Photos(images, masks, 256), labels=labels, size=227, seed=(0,), draws=1,
-            pool=bgbias.Photos(pool, None, 256), sampler=bgbias.MPerClassSampler(labels, 4, 32))
+            photos=bgbias.Photos(images, masks, 227), labels=labels, size=227, seed=(0,), draws=1,
+            pool=bgbias.Photos(pool, None, 227), sampler=bgbias.MPerClassSampler(labels, 4, 32))
         numbers = itertools.count()
         view = transforms.Compose([
             transforms.Resize(256), transforms.RandomResizedCrop(227, bgbias.CROP_SCALE, bgbias.CROP_RATIO),
@@ -104,9 +105,9 @@ def bench_input():
                     view(Image.open(path).convert(mode))
 
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker; CPU time counts threads that only wait
+        torch.set_num_threads(1)  # as in a worker; CPU time counts threads that only wait, too
         row("input: CPU time of a batch of 32 with backgrounds, decoded once", lambda: batches[next(numbers)],
-            "decoded, resized, cropped at every use", plain, wanted="20", clock=time.process_time)
+            "decoded, resized, cropped on every access", plain, wanted="20", clock=time.process_time)
         torch.set_num_threads(threads)
 
 
@@ -149,7 +150,7 @@ class Features(torch.nn.Module):
 
 
 def bench_metrics():
-    """MAP@R, R-precision and Recall@K of 60,000 embeddings in classes of 2 to 8, as SOP's."""
+    """MAP@R, R-precision and Recall@K of up to 60,000 embeddings in classes of 2 to 8, like SOP's."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(12_000), rng.integers(2, 9, 12_000))[:60_000]
     centres = torch.randn(12_000, 128)[torch.from_numpy(labels)]
@@ -207,14 +208,14 @@ def bench_validation():
     with tempfile.TemporaryDirectory() as folder:
         images, masks = photos(folder, 96, (340, 256)), photos(folder, 96, (340, 256), "L")
         labels = np.repeat(np.arange(24), 4)
-        batches = bgbias.Batches(photos=bgbias.Photos(images, masks, 256), labels=labels, size=227, seed=(0,),
-                                 pool=bgbias.Photos(images, None, 256), draws=1)
+        batches = bgbias.Batches(photos=bgbias.Photos(images, masks, 227), labels=labels, size=227, seed=(0,),
+                                 pool=bgbias.Photos(images, None, 227), draws=1)
         model = bgbias.Embedder("bninception", "none", 227).to(DEVICE).eval()
         args = types.SimpleNamespace(workers=0, device=DEVICE)
         ready = [torch.randn(len(batches[n][0]), 3, 227, 227, device=DEVICE) for n in range(3) for _ in range(2)]
 
         def validate():
-            embedded = bgbias.embed(model, bgbias.loader(batches, args, range(3)), DEVICE)
+            embedded = bgbias.embed(model, bgbias.loader(batches, args))
             for condition in ("clean", "replaced"):
                 bgbias.retrieval_metrics(embedded[condition][0], labels, (1,))
 
@@ -232,9 +233,9 @@ def bench_attention():
     with tempfile.TemporaryDirectory() as folder:
         split = bgbias.load_splits("toy", folder)["test"]
         rows = list(range(400))
-        args = types.SimpleNamespace(image_size=48, device=DEVICE, seed=42, loss="contrastive", backbone="smallconv")
-        run = types.SimpleNamespace(args=args, split=split, images=[str(path) for path in split.images])
-        model = bgbias.Embedder("smallconv", "none", 48).to(DEVICE).eval().requires_grad_(False)
+        args = bgbias.parse_args(["--data", folder, "--device", DEVICE, "--workers", "0"])
+        run = eval_attention.Run(folder=None, args=args, split=split, tested="")
+        model = bgbias.Embedder("smallconv", "none", 48).to(DEVICE).eval().requires_grad_(requires_grad=False)
         pixels = eval_attention.BATCH_PIXELS["gpu" if DEVICE == "cuda" else "cpu"]
         batch = pixels // (eval_attention.COPIES * 48**2)
 
@@ -253,7 +254,8 @@ def bench_startup():
     ours = [sys.executable, str(ROOT / "bgbias.py"), "--help"]
     peer = [sys.executable, "-c", "import torch, torchvision"]
     row("bgbias.py --help", lambda: subprocess.run(ours, stdout=subprocess.DEVNULL, check=True),
-        "import torch, torchvision", lambda: subprocess.run(peer, check=True), wanted="0.5 s more at most", faster=False)
+        "import torch, torchvision", lambda: subprocess.run(peer, check=True), wanted="0.5 s more at most",
+        faster=False)
 
 
 PARTS = {"input": bench_input, "network": bench_network, "metrics": bench_metrics, "training": bench_training,

@@ -1,11 +1,11 @@
-"""eval_attention.py: the score against hand-worked masks, the map against a loop over single copies
-and a closed form, runs of bgbias.py through shards, resuming, table, figure and each error, and the
-nearest neighbours against a double loop and the run's own Recall@1."""
+"""eval_attention.py: the score against masks worked out by hand, the map against one copy at a time,
+runs from the command line to the table and the pictures, and the neighbours against a double loop."""
 
 import json
+import os
+import re
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +15,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import bgbias
 import eval_attention as ea
+from conftest import write_shop
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 16  # px of the crops
+N = 44  # test images of the shop
 
-# Section 6 of the paper, as printed.
-PAPER = """
-arcface cars196 0.49 0.10 0.56 0.10 cub200 0.25 0.08 0.33 0.09 sop 0.13 0.14 0.26 0.17
-contrastive cars196 0.50 0.09 0.53 0.10 cub200 0.25 0.08 0.32 0.10 sop 0.07 0.16 0.31 0.20
-multi_similarity cars196 0.52 0.09 0.50 0.09 cub200 0.26 0.08 0.30 0.09 sop 0.11 0.17 0.28 0.19
-normalized_softmax cars196 0.51 0.09 0.56 0.09 cub200 0.24 0.08 0.30 0.08 sop 0.12 0.14 0.28 0.20
-triplet cars196 0.50 0.09 0.54 0.09 cub200 0.24 0.08 0.33 0.09 sop 0.08 0.17 0.26 0.22
-"""
-
-
-def test_paper_table():
-    for line in PAPER.split("\n")[1:-1]:
-        loss, *cells = line.split()
-        for dataset, *numbers in (cells[0:5], cells[5:10], cells[10:15]):
-            rows = [bgbias.PAPER[dataset][loss][kind] for kind in ("base", "bgaugment")]
-            ours = [figure for row in rows for figure in (row.attention, row.attention_std)]
-            assert ours == [float(n) for n in numbers]
-
-
-# --------------------------------------------------------------------------------------------------
-# Score
-# --------------------------------------------------------------------------------------------------
+# ---- Score ---------------------------------------------------------------------------------------
 
 MAP = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
 
@@ -51,7 +33,7 @@ MAP = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
     ([[0, 0], [0, 0]], 0.0),  # a = 0, p = 0
     ([[0, 1], [0, 1]], 0.75),  # a = 7/8, p = 1/2
     ([[1, 0], [1, 0]], -0.75),  # a = 1/8, p = 1/2
-    ([[0.5, 0.5], [0.5, 0.5]], 0.0),  # attention at random: a = p = 1/2
+    ([[0.5, 0.5], [0.5, 0.5]], 0.0),  # as much as chance: a = p = 1/2
     ([[0, 0.5], [0.25, 1]], 0.25 / 0.5625),  # a = 5.5/8, p = 7/16
 ])
 def test_score_of_hand_worked_masks(mask, score):
@@ -61,423 +43,507 @@ def test_score_of_hand_worked_masks(mask, score):
 
 
 def test_score_is_undefined_for_full_masks_and_flat_maps():
-    assert ea.attention_score(MAP[None], torch.ones(1, 1, 2, 2)).isnan().all()
     half = torch.tensor([[[[0.0, 1], [0, 1]]]])
+    assert ea.attention_score(MAP[None], torch.ones(1, 1, 2, 2)).isnan().all()
     assert ea.attention_score(torch.zeros(1, 2, 2), half).isnan().all()
 
 
-def test_score_of_the_mask_itself_is_exactly_1():
-    mask = (torch.rand(5, 1, 9, 7, generator=torch.Generator().manual_seed(0)) > 0.4).float()
-    assert (ea.attention_score(mask[:, 0], mask) == 1).all()
-    assert (ea.attention_score(1 - mask[:, 0], mask) < 0).all()
+# ---- Map -----------------------------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# Map
-# --------------------------------------------------------------------------------------------------
-
-
-def small_network():
+@pytest.fixture
+def small():
+    """A network, two images and the embedding of black, in float64."""
     torch.manual_seed(3)
-    return bgbias.Embedder("smallconv", "none", SIZE).double()
+    model = nn.Sequential(bgbias.smallconv(), nn.Linear(128, 8)).double()
+    images = 100 * torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    return model, images, model(torch.zeros_like(images[:1])).detach()
 
 
-def some_images(count=3):
-    generator = torch.Generator().manual_seed(1)
-    return 100 * torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64, generator=generator)
-
-
-def naive_map(model, image, black, loss, noise):
-    """Section 5 with one backward pass a copy, through everything, and NumPy for the rest."""
+def naive_map(model, image, black, metric, noise):
+    """Section 5 with one backward pass for each copy, and NumPy for the rest."""
     total = np.zeros(image.shape[1:])
     sigma = 0.15 * (float(image.max()) - float(image.min()))
     for n in noise:
         copy = (image + sigma * n).requires_grad_()
         e = model(copy[None])[0]
-        if loss in ("contrastive", "triplet"):
+        if metric == "euclidean":
             d = ((e - black[0]) ** 2).sum().sqrt()
         else:
             d = 1 - (e * black[0]).sum() / (e.norm() * black[0].norm())
         (d / 25).backward()
         total += np.abs((copy.grad[0] + copy.grad[1] + copy.grad[2]).numpy() / 3)
-    low = total.min()
-    return np.clip((total - low) / (np.quantile(total, 0.99) - low), 0, 1)
+    return np.clip((total - total.min()) / (np.quantile(total, 0.99) - total.min()), 0, 1)
 
 
-@pytest.mark.parametrize("loss", bgbias.LOSSES)
-def test_map_is_that_of_one_copy_at_a_time(loss):
-    model, images = small_network(), some_images(2)
-    black = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).detach()
+def naive_score(attention, mask):
+    """(score, a, p) of arrays (S, S)."""
+    a, p = (attention * mask).sum() / attention.sum(), mask.mean()
+    return (a - p) / (1 - p) if p < 1 else np.nan, a, p
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_map_is_that_of_one_copy_at_a_time(small, metric):
+    model, images, black = small
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
-    found = ea.attention_map(model, images, black, ea.DISTANCES[loss], generators[0])
+    found = ea.attention_map(model, images, black, getattr(bgbias, metric), generators[0])
     for image, attention in zip(images, found):
-        noise = torch.randn(25, 3, SIZE, SIZE, dtype=torch.float64, generator=generators[1])
-        expected = naive_map(model, image, black, loss, noise)
+        noise = torch.randn(25, *image.shape, dtype=torch.float64, generator=generators[1])
+        expected = naive_map(model, image, black, metric, noise)
         np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_map_of_a_linear_model_is_the_mean_of_its_weights():
-    """f(x) = w x: the distance to black is |w (x - black)|, its gradient +-w with any noise."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 1)).double()
-    w = model[1].weight.detach().reshape(3, 4, 5).numpy()
-    images = 200 * torch.rand(2, 3, 4, 5, dtype=torch.float64)
-    black = model(torch.zeros(1, 3, 4, 5, dtype=torch.float64)).detach()
-    found = ea.attention_map(model, images, black, ea.euclidean, torch.Generator())
-    G = np.abs(w.mean(axis=0))  # signed mean over the channels, then the absolute value
-    expected = np.clip((G - G.min()) / (np.quantile(G, 0.99) - G.min()), 0, 1)
-    for attention in found:
-        np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-12)
+def test_map_takes_no_gradients_of_weights(small, base):
+    model, images, black = small
+    ea.attention_map(model, images, black, bgbias.cosine, torch.Generator())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not any(weight.requires_grad for weight in ea.network_of(base).parameters())
 
 
-def test_map_takes_no_gradients_of_weights():
-    model = small_network()
-    ea.attention_map(model, some_images(1), torch.zeros(1, 128), ea.cosine, torch.Generator())
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_map_of_a_network_that_sees_nothing_is_flat():
-    def constant(x):
-        return 0 * x.flatten(1)[:, :8] + 1
-
-    black = torch.zeros(1, 8)
-    found = ea.attention_map(constant, some_images(2), black, ea.euclidean, torch.Generator())
+def test_map_of_a_network_that_sees_nothing_is_flat(small):
+    found = ea.attention_map(lambda x: 0 * x.flatten(1)[:, :8] + 1, small[1], torch.zeros(1, 8),
+                             bgbias.euclidean, torch.Generator())
     assert (found == 0).all()
 
 
-def test_map_does_not_depend_on_the_batch_or_its_order():
-    model, images = small_network(), some_images(4)
-    black = model(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.float64)).detach()
+# ---- Runs ----------------------------------------------------------------------------------------
 
-    def maps(order):
-        generators = [torch.Generator().manual_seed(i) for i in order]
-        return ea.attention_map(model, images[order], black, ea.cosine, generators)
-
-    together = maps([0, 1, 2, 3])
-    torch.testing.assert_close(maps([3, 1]), together[[3, 1]])
-    torch.testing.assert_close(maps([2]), together[[2]])
-
-
-# --------------------------------------------------------------------------------------------------
-# Runs
-# --------------------------------------------------------------------------------------------------
+FULL, EMPTY = "c20/p2", "c21/p2"  # test images with a full and with an empty mask
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two untrained runs, base and BGAugment, of 3 classes x 3 photos, all of them test images, of
-    which class_5/2.png has a full and class_5/1.png an empty mask."""
-    root, rng = tmp_path_factory.mktemp("attention"), np.random.default_rng(0)
-    for k in range(9):
-        name = f"class_{3 + k // 3}/{k % 3}.png"
-        mask = np.zeros((24, 20), np.uint8)
-        mask[6:18, 5:15] = 255
-        mask = {7: 0 * mask, 8: 0 * mask + 255}.get(k, mask)
-        photo = rng.integers(0, 256, (24, 20, 3), np.uint8)
-        for kind, pixels in (("images", photo), ("masks", mask)):
-            (root / "photos" / kind / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(root / "photos" / kind / name)
-    for part in ("val", "test"):
-        (root / "pool" / part).mkdir(parents=True)
-        background = rng.integers(0, 256, (24, 24, 3), np.uint8)
-        Image.fromarray(background).save(root / "pool" / part / "0.png")
+def sellers(tmp_path_factory):
+    """A folder with shop/ of 22 classes x 4 photos that look alike, 44 of them test images (two batches
+    of the test), and two runs, base and BGAugment, trained for two batches."""
+    root = write_shop(tmp_path_factory.mktemp("sellers"), classes=22, suffix="png")
+    for file in root.glob("shop/images/*/*.png"):
+        with Image.open(file) as photo, Image.open(file.with_name("p0.png")) as first:
+            Image.blend(photo, first, 0.5).save(file)
+    for name, value in ((FULL, 255), (EMPTY, 0)):
+        Image.new("L", (40, 32), value).save(root / f"shop/masks/{name}.png")
     for flags in ([], ["--bgaugment"]):
-        bgbias.main(["--dataset", str(root / "photos"), "--backgrounds", str(root / "pool"),
-                     "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
-                     "--epochs", "0", "--image-size", str(SIZE), "--device", "cpu", *flags])
-    base, other = (root / f"runs/photos-untrained-{kind}-s42" for kind in ("base", "bgaugment"))
-    state = torch.load(other / "best.pt", weights_only=True)  # both start alike: move one
-    state["network"]["head.weight"] *= torch.linspace(0.1, 3, 128)[:, None]
-    torch.save(state, other / "best.pt")
-    return base, other
+        bgbias.main(["--dataset", str(root / "shop"), "--runs", str(root / "runs"), "--backbone", "smallconv",
+                     "--weights", "none", "--epochs", "1", "--iterations", "2", "--batch-size", "8",
+                     "--lr", "1e-3", "--image-size", str(SIZE), "--device", "cpu", *flags])
+    return root
 
 
 @pytest.fixture
-def runs(trained, monkeypatch):
-    """The two run folders, without any scores; tables are printed in one block."""
-    monkeypatch.setenv("COLUMNS", "400")
-    yield trained
-    for folder in trained:
-        for file in folder.glob("attention*"):
-            file.unlink()
+def runs(sellers, tmp_path):
+    """Copies of the two run folders, without attention scores."""
+    folders = zip(sorted(sellers.glob("runs/*")), ("base", "bgaugment"))
+    return [shutil.copytree(run, tmp_path / name) for run, name in folders]
 
 
-def scores_of(folder):
-    return np.array(list(ea.read_scores(ea.load_run(folder, "cpu")).values()))
+@pytest.fixture
+def base(runs):
+    return ea.load_run(runs[0], "cpu")
 
 
-def two_images_a_batch(monkeypatch):
-    """Instead of all nine at once."""
-    for device in ea.BATCH_PIXELS:
-        monkeypatch.setitem(ea.BATCH_PIXELS, device, 2 * ea.COPIES * SIZE**2)
+@pytest.fixture(scope="module")
+def images(sellers):
+    """Test photos, masks in [0, 1] and draw 0 of the test's five backgrounds, (N, ., S, S)."""
+    run = ea.load_run(min(sellers.glob("runs/*")), "cpu")
+    batches = bgbias.make_batches(run.args, run.split, bgbias.TEST, pool="test", draws=5)
+    backgrounds = torch.cat([batches[n][1][0] for n in range(2)]).float()
+    photos = torch.stack([pixels_of(file) for file in run.split.images])
+    return photos, torch.stack([pixels_of(file, "L") for file in run.split.masks]) / 255, backgrounds
 
 
-def row_of(text, heading, run):
-    """{heading: cell} of a run's row in the Markdown table that has this heading."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    first = next(i for i, cells in enumerate(lines) if heading in cells)
-    row, = [cells for cells in lines[first:first + 4] if cells[:1] == [run.name]]
-    return {name: cell for name, cell in zip(lines[first][1:], row[1:], strict=True) if cell}
+def replace(images, masks, backgrounds):
+    return images * masks + backgrounds * (1 - masks)
 
 
-def test_scores_of_a_run(runs):
-    run = ea.load_run(runs[0], "cpu")
-    ea.score_run(run)
-    with np.load(runs[0] / "attention.npz") as saved:
-        assert saved["image"].tolist() == [str(p) for p in run.images]
-        assert len(saved["image"]) == 9
-        np.testing.assert_allclose(saved["p"][-2:], [0, 1])
-        assert np.isfinite(saved["score"]).tolist() == [True] * 8 + [False]
-        expected = (saved["a"][:8] - saved["p"][:8]) / (1 - saved["p"][:8])
-        np.testing.assert_allclose(saved["score"][:8], expected)
-    summary = json.loads((runs[0] / "attention.json").read_text())
-    assert (summary["images"], summary["undefined"]) == (9, [str(run.images[8])])
-    assert summary["mean"] == pytest.approx(expected.mean())
-    assert summary["std"] == pytest.approx(expected.std(ddof=1))
+def evaluate(*argv):
+    ea.main([*map(str, argv), "--device", "cpu"])
 
 
-def test_scores_do_not_depend_on_batch_size_or_shards(runs, monkeypatch):
-    run = ea.load_run(runs[0], "cpu")
-    together = np.array(list(ea.score_run(run).values()))
-    (runs[0] / "attention.npz").unlink()  # attention.json, of the scores just deleted, stays
-    two_images_a_batch(monkeypatch)
-    for i in (2, 1, 3):
-        ea.score_run(run, (i, 3))
-        for name in ("attention.npz", "attention.json"):
-            assert (runs[0] / name).exists() == (i == 3)
-    np.testing.assert_allclose(scores_of(runs[0]), together, atol=1e-4)
+def change_args(folder, **args):
+    result = json.loads((folder / "result.json").read_text())
+    result["args"] |= args
+    (folder / "result.json").write_text(json.dumps(result))
 
 
-def test_a_shard_prints_no_table(runs, capsys):
-    ea.main([str(runs[0]), "--device", "cpu", "--shard", "2/3"])
-    out = capsys.readouterr().out
-    assert out == f"{runs[0]}: 6 images left to the other shards, no table yet\n"
-
-
-def test_interrupted_scoring_goes_on(runs, monkeypatch):
-    two_images_a_batch(monkeypatch)
-    run, mapping, batches = ea.load_run(runs[0], "cpu"), ea.attention_map, []
-
-    def interrupted(model, images, *args):
-        batches.append(len(images))
-        if batches == [2, 2, 2, 2]:
-            raise KeyboardInterrupt
-        return mapping(model, images, *args)
-
-    monkeypatch.setattr(ea, "attention_map", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ea.score_run(run)
-    first = scores_of(runs[0])
-    assert len(first) == 6 and not (runs[0] / "attention.json").exists()
-    ea.score_run(run)
-    assert batches[4:] == [2, 1]  # the rest
-    resumed = scores_of(runs[0])
-    np.testing.assert_array_equal(resumed[:6], first)
-    (runs[0] / "attention.npz").unlink()
-    np.testing.assert_allclose(resumed, list(ea.score_run(run).values()), atol=1e-4)
-
-
-def test_scores_are_saved_on_the_way(runs, monkeypatch):
-    """A job that is killed, where nothing can be saved at the end, loses a 50th of the images."""
-    two_images_a_batch(monkeypatch)
-    run, mapping, saved = ea.load_run(runs[0], "cpu"), ea.attention_map, []
-
-    def watched(*args):
-        saved.append(len(ea.read_scores(run)))
-        return mapping(*args)
-
-    monkeypatch.setattr(ea, "attention_map", watched)
-    ea.score_run(run)
-    assert saved == [0, 2, 4, 6, 8]
-
-
-def test_another_checkpoint_starts_over(runs):
-    run = ea.load_run(runs[0], "cpu")
-    ea.score_run(run)
-    best = (runs[0] / "best.pt").read_bytes()
-    try:
-        (runs[0] / "best.pt").write_bytes((runs[1] / "best.pt").read_bytes())
-        assert ea.read_scores(ea.load_run(runs[0], "cpu")) == {}
-    finally:
-        (runs[0] / "best.pt").write_bytes(best)
-    assert len(ea.read_scores(run)) == 9
-
-
-def with_photos_of_its_own(run, folder):
-    """A copy of an untrained run in `folder`, of a copy of its photos there."""
-    saved = json.loads((run / "config.json").read_text())
-    shutil.copytree(saved["args"]["dataset"], folder / "photos")
-    copy = copy_of(run, folder / run.name)
-    saved["args"]["dataset"] = str(folder / "photos")
-    (copy / "config.json").write_text(json.dumps(saved))
-    return copy
-
-
-def score_again(folder):
-    """The saved scores (N, 3) after one more call of the command."""
-    ea.main([str(folder), "--device", "cpu"])
+def saved_scores(folder):
+    """What is in attention.npz: {image: score}."""
     with np.load(folder / "attention.npz") as saved:
-        return np.stack([saved["score"], saved["a"], saved["p"]], axis=1)
+        return dict(zip(saved["image"].tolist(), saved["score"].tolist()))
 
 
-def test_inverted_masks_are_scored_anew(runs, tmp_path):
-    """What lay on the object lies on the background then: a becomes 1 - a, p becomes 1 - p."""
-    run = with_photos_of_its_own(runs[0], tmp_path)
-    before, mean = score_again(run), json.loads((run / "attention.json").read_text())["mean"]
-    for mask in (tmp_path / "photos/masks").glob("*/*.png"):
-        Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
-    after = score_again(run)
-    np.testing.assert_allclose(after[:, 1:], 1 - before[:, 1:], atol=1e-3)
-    assert (np.abs(after[:7, 0] - before[:7, 0]) > 0.01).all()
-    assert np.isnan(after[:, 0]).tolist() == [False] * 7 + [True, False]  # the empty one is full
-    saved = json.loads((run / "attention.json").read_text())
-    assert saved["mean"] == pytest.approx(np.nanmean(after[:, 0])) != pytest.approx(mean)
+def rows_of_table(text):
+    """The rows {column: cell} of a Markdown table, without empty cells."""
+    columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                         for line in text.splitlines() if line.startswith("|")]
+    return [{column: cell for column, cell in zip(columns, row) if cell} for row in rows]
 
 
-def test_a_replaced_photo_is_scored_anew(runs, tmp_path):
-    run = with_photos_of_its_own(runs[0], tmp_path)
-    before = score_again(run)
-    photo = tmp_path / "photos/images/class_3/1.png"
-    Image.fromarray(255 - np.asarray(Image.open(photo))).save(photo)
-    after = score_again(run)
-    assert abs(after[1, 0] - before[1, 0]) > 1e-3 and after[1, 2] == before[1, 2]
-    np.testing.assert_allclose(np.delete(after, 1, 0), np.delete(before, 1, 0), atol=1e-4)
+def pixels_of(file, mode="RGB"):
+    """A photo or mask, resized and centre-cropped as the test protocol says: (C, S, S) float."""
+    picture = Image.open(file).convert(mode)
+    scale = round(SIZE * 256 / 227) / min(picture.size)
+    picture = picture.resize([int(n * scale) for n in picture.size], Image.BILINEAR)
+    left, top = (round((n - SIZE) / 2) for n in picture.size)
+    picture = np.asarray(picture.crop((left, top, left + SIZE, top + SIZE)), np.float32)
+    return torch.from_numpy(np.atleast_3d(picture).transpose(2, 0, 1).copy())
 
 
-@pytest.mark.parametrize("argument, value", [("image_size", 20), ("loss", "arcface")])
-def test_scores_are_of_the_arguments_they_follow_from(runs, tmp_path, argument, value):
-    """An untrained run that is tested again with others has the same weights in best.pt."""
-    run = copy_of(runs[0], tmp_path / runs[0].name)
-    before, saved = score_again(run), json.loads((run / "config.json").read_text())
-    saved["args"][argument] = value
-    (run / "config.json").write_text(json.dumps(saved))
-    after = score_again(run)
-    assert (np.abs(after[:7, 0] - before[:7, 0]) > 1e-4).all()  # with an empty mask it is 0
+def slow_network(folder):
+    """The weights in best.pt in float64: (B, 3, S, S) normalised -> (B, D)."""
+    network = bgbias.Embedder("smallconv", "none", SIZE)
+    network.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["network"])
+    network.double()
+    return lambda x: nn.functional.normalize(network.head(network.backbone(x)))
 
 
-def test_unchanged_runs_are_not_scored_again(runs, monkeypatch):
-    before = score_again(runs[0])
-
-    def no_work(*args, **kwargs):
-        raise AssertionError("scored again")
-
-    monkeypatch.setattr(ea, "network_of", no_work)
-    np.testing.assert_array_equal(score_again(runs[0]), before)
+def normalised(pixels):
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None]
+                 for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return (pixels / 255 - mean) / std
 
 
-@pytest.mark.parametrize("damage", [b"{", b"", b"[1, 2]", b"\xff\xfe"])
-def test_damaged_summary_is_mended(runs, damage):
-    score_again(runs[0])
-    whole = (runs[0] / "attention.json").read_bytes()
-    (runs[0] / "attention.json").write_bytes(damage)
-    assert "attention" not in bgbias.read_result(runs[0]).figures
-    score_again(runs[0])
-    assert (runs[0] / "attention.json").read_bytes() == whole
-    assert bgbias.read_result(runs[0]).figures["attention"][0] == json.loads(whole)["mean"]
+@torch.no_grad()
+def slow_embeddings(folder, images):
+    """Each of the images (N, 3, S, S) by itself: (N, D) float64."""
+    network = slow_network(folder)
+    return np.concatenate([network(normalised(image)[None]) for image in images])
 
 
-# --------------------------------------------------------------------------------------------------
-# Table, figure, checks
-# --------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_scores_of_a_run_are_those_of_one_image_at_a_time(base, images, monkeypatch, metric):
+    """From the files, with the distance that bgbias.py gives for the loss."""
+    monkeypatch.setitem(bgbias.DISTANCES, "contrastive", getattr(bgbias, metric))
+    found, network = [*ea.score_run(base).values()], slow_network(base.folder)
+    black = network(normalised(torch.zeros(1, 3, SIZE, SIZE))).detach()
+    for row in (0, 17, 43):
+        generator = torch.Generator().manual_seed(bgbias.seed_of(42, ea.NOISE, row))
+        noise = torch.randn(25, 3, SIZE, SIZE, generator=generator)
+        attention = naive_map(network, normalised(images[0][row]), black, metric, noise)
+        expected = naive_score(attention, images[1][row, 0].double().numpy())
+        assert found[row] == pytest.approx(expected, abs=1e-3)
+
+
+def test_scores_are_saved(runs, base):
+    evaluate(runs[0])
+    images = [str(path) for path in base.split.images]
+    full, empty = (np.array([name in image for image in images]) for name in (FULL, EMPTY))
+    with np.load(runs[0] / "attention.npz") as saved:
+        score, a, p = saved["score"], saved["a"], saved["p"]
+        assert saved["image"].tolist() == images and len(images) == N
+    assert (np.isnan(score) == full).all() and full.sum() == 1 and p[full] == 1 and p[empty] == 0
+    np.testing.assert_allclose(score[~full], ((a - p) / (1 - p + full))[~full])
+    # bgbias.py --report finds them.
+    np.testing.assert_array_equal(bgbias.read_result(runs[0])["columns"]["attention"], score[~full])
+
+
+def test_scores_do_not_depend_on_workers_or_batches(base, monkeypatch):
+    rows, network = list(range(N)), ea.network_of(base)
+    one = ea.collect_maps(base, rows, network)
+    base.args.workers = 2
+    for plain, parallel in zip(one, ea.collect_maps(base, rows, network)):
+        assert torch.equal(plain, parallel)
+    monkeypatch.setitem(ea.BATCH_PIXELS, "cpu", 3 * ea.COPIES * SIZE**2)  # 3 images instead of all
+    photos, maps = ea.collect_maps(base, rows, network)
+    assert torch.equal(photos, one[0])
+    torch.testing.assert_close(maps, one[1], rtol=0, atol=1e-3)
+    some = [40, 3, 41]
+    torch.testing.assert_close(ea.collect_maps(base, some, network)[1], maps[some], rtol=0, atol=1e-3)
+
+
+def test_limit_scores_random_images_and_saves_nothing(runs, capsys):
+    evaluate(*runs, "--limit", "5")
+    assert [row["images"] for row in rows_of_table(capsys.readouterr().out)] == ["5", "5"]
+    assert not list(runs[0].parent.glob("*/attention.npz"))
+    base, other = (ea.score_run(ea.load_run(run, "cpu"), 5) for run in runs)
+    everything = ea.score_run(ea.load_run(runs[0], "cpu"))
+    assert base.keys() == other.keys() and base.keys() < everything.keys() and len(base) == 5
+    assert base.keys() != {*[*everything][:5]}
+    for image, values in base.items():
+        assert values == pytest.approx(everything[image], abs=1e-3, nan_ok=True)
+
+
+def is_newer(path, than):
+    later = than.stat().st_mtime + 10
+    os.utime(path, (later, later))
+
+
+def test_scores_of_a_newer_checkpoint_and_of_no_newer_one(runs, base):
+    ea.score_run(base)
+    file, best = runs[0] / "attention.npz", runs[0] / "best.pt"
+    with np.load(file) as saved:
+        content = dict(saved)
+    np.savez(file, **content | {"score": np.full(N, 0.625)})
+    assert {score for score, _, _ in ea.score_run(base).values()} == {0.625}  # these are used
+    best.write_bytes((runs[1] / "best.pt").read_bytes())
+    is_newer(best, file)
+    other = ea.score_run(ea.load_run(runs[1], "cpu"))
+    np.testing.assert_array_equal([*ea.score_run(base).values()], [*other.values()])
+
+
+def test_scores_of_newer_masks(runs, sellers, tmp_path, capsys):
+    """Where a mask is inverted, a becomes 1 - a and p becomes 1 - p. That the data changed is printed."""
+    shutil.copytree(sellers / "shop", tmp_path / "shop")
+    change_args(runs[0], dataset=str(tmp_path / "shop"))
+    run = ea.load_run(runs[0], "cpu")
+    before = np.array([*ea.score_run(run).values()])
+    mask = run.split.masks[3]
+    Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask, compress_level=0)
+    is_newer(mask, runs[0] / "attention.npz")
+    assert str(runs[0]) not in capsys.readouterr().out
+    after = np.array([*ea.score_run(ea.load_run(runs[0], "cpu")).values()])
+    assert str(runs[0]) in capsys.readouterr().out
+    np.testing.assert_allclose(after[3, 1:], 1 - before[3, 1:], atol=1e-3)
+    assert abs(after[3, 0] - before[3, 0]) > 0.01
+    np.testing.assert_array_equal(np.delete(after, 3, 0), np.delete(before, 3, 0))
+
+
+# ---- Table ---------------------------------------------------------------------------------------
 
 
 def test_compare():
     rng = np.random.default_rng(0)
     base, gain = rng.normal(size=200), rng.normal(0.2, 1, 200)
-    before = {str(i): (b, 0, 0) for i, b in enumerate(base)}
-    after = {str(i): (b + g, 0, 0) for i, (b, g) in enumerate(zip(base, gain))}
+    before, after = ({i: (score, 0, 0) for i, score in enumerate(scores)} for scores in (base, base + gain))
     before["full"] = after["full"] = (np.nan, 0, 1)
-    mean, low, high, share = ea.compare(before, after)
+    before["only here"] = (9.0, 0, 0)
+    mean, low, high, improved = ea.compare(before, after)
     assert mean == pytest.approx(gain.mean())
-    assert share == (gain > 0).sum() / 200
+    assert improved == (gain > 0).sum() / 200
     known = scipy.stats.bootstrap((gain,), np.mean, method="percentile", rng=1)
     assert (low, high) == pytest.approx(tuple(known.confidence_interval), abs=0.02)
+    assert ea.compare({"a": (0.1, 0, 0)}, {"b": (0.2, 0, 0)}) is None
+    assert ea.compare({"a": (np.nan, 0, 0)}, {"a": (0.2, 0, 0)}) is None
 
 
-def test_summary():
-    values = {"a": 0.25, "b": np.nan, "c": 0.5, "d": -1.0}
-    found = ea.summary({image: (value, 0, 0) for image, value in values.items()})
-    assert found == {"mean": pytest.approx(-0.25 / 3), "images": 4, "undefined": ["b"],
-                     "std": pytest.approx(statistics.stdev([0.25, 0.5, -1.0]))}
+def a_run(flags="", folder="runs/x", tested="toy"):
+    return ea.Run(Path(folder), bgbias.parse_args(flags.split()), None, tested)
 
 
-def test_table_figure_and_checks_end_to_end(runs, capsys, tmp_path):
-    (runs[0].parent / "report.md").touch()  # as RUNS/* has it
-    flags = ["--figure", str(tmp_path / "a.png"), "--images", "2", "--sanity"]
-    ea.main([*map(str, runs), str(runs[0].parent / "report.md"), "--device", "cpu", *flags])
+def test_pair_up():
+    base, other = a_run(), a_run("--bgaugment")
+    for order in ([base, other], [other, base]):
+        pair, = ea.pair_up(order)
+        assert [*pair.items()] == [("base", base), ("bgaugment", other)]
+    for unlike in (a_run("--bgaugment --seed 1"), a_run("--bgaugment --loss triplet"),
+                   a_run("--bgaugment --lr 1"), a_run("--bgaugment --epochs 0"),
+                   a_run("--bgaugment", tested="other photos"), a_run("--bgaugment", "elsewhere/x")):
+        assert ea.pair_up([unlike, base]) == [{"base": base}, {"bgaugment": unlike}]
+
+
+def test_table(runs, capsys):
+    evaluate(*runs[::-1])  # the order does not matter
     out = capsys.readouterr().out
-    rows = [row_of(out, "± images", run) for run in runs]
-    for run, row in zip(runs, rows):
-        values = scores_of(run)[:8, 0]
-        saved = json.loads((run / "attention.json").read_text())
-        assert row["images"] == "9"
-        assert row["attention"] == f"{values.mean():.2f}" == f"{saved['mean']:.2f}"
-        assert row["± images"] == f"{values.std(ddof=1):.2f}" == f"{saved['std']:.2f}"
-    base, other = (scores_of(run)[:8, 0] for run in runs)
-    gain, improved = rows[1]["BGAugment - base [95 %]"], rows[1]["images improved"]
-    assert gain.startswith(f"{(other - base).mean():+.3f} [")
-    assert improved == f"{100 * (other > base).mean():.0f} %"
-    assert "nan" not in out and "paper" not in out
-    assert out.count("1 images left out") == 2 and "class_5/2.png" in out
-    for run, values in zip(runs, (base, other)):
-        checks = row_of(out, "mask as map", run)
-        assert len(checks) == 9
-        assert checks["score"] == f"{values.mean():.3f}"  # 200 images are all of these
-        assert checks["mask as map"] == "1.000" and float(checks["its complement"]) < 0
-    size = Image.open(tmp_path / "a.png").size
-    assert size == (900, 2 * (221 + 5))  # 4 cells of 221 px, gaps of 5
+    rows = rows_of_table(out)
+    assert [row[""] for row in rows] == ["base", "bgaugment"]
+    base, other = ([score for score in saved_scores(run).values() if np.isfinite(score)] for run in runs)
+    for row, scores in zip(rows, (base, other)):
+        assert row["images"] == str(N)
+        assert row["attention"] == f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}"
+    gains = [after - before for before, after in zip(base, other)]
+    gain, low, high = map(float, re.findall(r"[+-]\d\.\d+", rows[1]["BGAugment - base [95 %]"]))
+    assert gain == pytest.approx(statistics.mean(gains), abs=6e-4) and low < gain < high
+    assert rows[1]["images improved"] == f"{100 * sum(g > 0 for g in gains) / len(gains):.0f} %"
+    assert "nan" not in out and out.count(FULL) == 2 and EMPTY not in out  # an undefined score is named
 
 
-def test_order_on_the_command_line_does_not_matter(runs, capsys, tmp_path):
-    shown = []
-    for order, name in ((runs, "a.png"), (runs[::-1], "b.png")):
-        flags = ["--figure", str(tmp_path / name), "--images", "2", "--worst"]
-        ea.main([*map(str, order), "--device", "cpu", *flags])
-        out = capsys.readouterr().out
-        assert out.endswith(f"picture: {tmp_path / name}\n")
-        shown.append((out.replace(name, ""), (tmp_path / name).read_bytes()))
-    assert shown[0] == shown[1]
-    names = [line.split("|")[1].strip() for line in shown[0][0].splitlines()[2:4]]
-    assert names == [run.name for run in runs]
+def test_table_beside_the_papers():
+    run = a_run("--dataset cub200 --loss triplet")
+    scores = {run.folder: {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}}
+    ours, papers = rows_of_table(ea.score_table([{"base": run}], scores))
+    assert (ours["images"], ours["attention"]) == ("2", "0.38 ± 0.18")
+    assert papers == {"": "paper", "attention": "0.24 ± 0.08"}
 
 
-def test_paper_numbers_stand_beside_ours(runs, tmp_path):
-    run = ea.load_run(copy_of(runs[0], tmp_path / "cub200-triplet-base-s42"), "cpu")
-    result = json.loads((run.folder / "result.json").read_text())
-    result["args"] |= {"dataset": "cub200", "loss": "triplet", "epochs": 1}
-    (run.folder / "result.json").write_text(json.dumps(result))
-    scores = {"a": (0.25, 0, 0), "b": (0.5, 0, 0)}
-    bgbias.write_json(run.folder / "attention.json", ea.summary(scores))
-    row = row_of(ea.score_table(ea.pair_up([run]), {run.folder: scores}), "± images", run.folder)
-    assert row == {"images": "2", "attention": "0.38", "± images": "0.18",
-                   "paper: attention": "0.24 ± 0.08"}
+# ---- Can the score be believed? ------------------------------------------------------------------
 
 
-def test_which_images_are_drawn(runs, tmp_path):
-    """A figure's rows are, pixel by pixel, those of the images that it should show, by name."""
-    pair, = ea.pair_up([ea.load_run(folder, "cpu") for folder in runs]).values()
-    images, gaps = pair["base"].images, [0, 1, -9, 3, np.nan, 2, -4, 0, 0]
-    scores = {runs[0]: {image: (0.0, 0, 0) for image in images},
-              runs[1]: {image: (gap, 0, 0) for image, gap in zip(images, gaps)}}
+def test_sanity(runs, base, images, capsys):
+    evaluate(runs[0], "--sanity")
+    row, = rows_of_table(capsys.readouterr().out.split("\n\n")[-1])
+    masks = images[1][:, 0].double().numpy()
+    complement = [naive_score(mask < 0.5, mask >= 0.5)[0] for mask in masks if mask.min() < 0.5]
+    expected = {"mask as map": 1, "its complement": np.mean(complement)}
+    for title, trained in (("score", True), ("random weights", False)):
+        maps = ea.collect_maps(base, range(N), ea.network_of(base, trained=trained))[1].double().numpy()
+        own, other = ([naive_score(maps[i], masks[i - k])[0] for i in range(N)] for k in (0, 1))
+        expected[title] = np.nanmean(own)
+        expected[f"{title}: beyond another's mask"] = np.nanmean(np.subtract(own, other))
+    background, object_, p = ea.occlusion(base, ea.network_of(base), range(N)).double().numpy()
+    expected |= {"background replaced": background.mean(), "object replaced": object_.mean()}
+    scores = [(o / (o + b) - q) / (1 - q) for b, o, q in zip(background, object_, p) if q < 1]
+    expected["occlusion"] = np.mean(scores)
+    assert row.pop("") == "base"
+    assert {title: float(value) for title, value in row.items()} == pytest.approx(expected, abs=6e-4)
 
-    def drawn(*wanted, worst=False):
-        ea.draw_attention(pair, scores, ",".join(wanted), tmp_path / "a.png", worst=worst)
-        return np.asarray(Image.open(tmp_path / "a.png"))
 
-    def names(rows):
-        return ["/".join(Path(images[row]).parts[-2:]) for row in rows]
+def test_occlusion(base, images):
+    """Distances between the embeddings of images, one at a time."""
+    photos, masks, backgrounds = images
+    e = slow_embeddings(base.folder, photos)
+    found = ea.occlusion(base, ea.network_of(base), range(N)).numpy()
+    changes = replace(photos, masks, backgrounds), replace(backgrounds, masks, photos)
+    for distances, changed in zip(found, changes):
+        expected = np.linalg.norm(e - slow_embeddings(base.folder, changed), axis=1)
+        np.testing.assert_allclose(distances, expected, atol=1e-4)
+    np.testing.assert_allclose(found[2], masks.mean((1, 2, 3)), atol=1e-6)
 
-    height = 221 + 5
-    alone = [drawn(name) for name in names(range(9))]
-    assert len({picture.tobytes() for picture in alone}) == 9
-    assert all(picture.shape == (height, 900, 3) for picture in alone)
-    rows = drawn("3", worst=True), drawn("class_4/1.png", "class_3/0.png"), drawn("20"), drawn("3")
-    shown = []
-    for picture in rows:
-        parts = picture.reshape(-1, height, 900, 3)
-        shown.append([next(i for i in range(9) if (alone[i] == part).all()) for part in parts])
-    assert shown[:2] == [[2, 6, 3], [4, 0]]
-    assert sorted(shown[2]) == list(range(9)) and shown[2] != sorted(shown[2])
-    assert shown[3] == shown[2][:3] and (drawn("3") == rows[3]).all()
+
+# ---- Neighbours ----------------------------------------------------------------------------------
+
+
+def slow_neighbours(queries, gallery):
+    """For query i the five nearest of the gallery except i, in a double loop."""
+    found = []
+    for i, query in enumerate(queries):
+        others = [(((query - other) ** 2).sum(), j) for j, other in enumerate(gallery) if j != i]
+        found.append([j for _, j in sorted(others)[:5]])
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def slow(sellers, images):
+    """For each of the two runs {"clean", "replaced": (N, 5) the nearest clean photos}."""
+    found = []
+    for folder in sorted(sellers.glob("runs/*")):
+        clean, replaced = (slow_embeddings(folder, x) for x in (images[0], replace(*images)))
+        found.append({"clean": slow_neighbours(clean, clean), "replaced": slow_neighbours(replaced, clean)})
+    return found
+
+
+def test_nearest_is_a_double_loop(runs, slow):
+    """Its first neighbours are those that Recall@1 of the run counts."""
+    for folder, expected in zip(runs, slow):
+        run = ea.load_run(folder, "cpu")
+        found, some = ea.nearest(run, list(range(N))), ea.nearest(run, [40, 3, 33])
+        test, labels = json.loads((folder / "result.json").read_text())["test"], run.split.labels
+        for condition, metrics in (("clean", test["clean"][0]), ("replaced", test["query"][0])):
+            np.testing.assert_array_equal(found[condition], expected[condition])
+            np.testing.assert_array_equal(some[condition], expected[condition][[40, 3, 33]])
+            right = labels[expected[condition][:, 0]] == labels
+            assert 0.02 < right.mean() < 0.98
+            assert right.mean() == pytest.approx(metrics["recall@1"], abs=1e-12)
+
+
+def test_four_photos_have_three_neighbours_each(base):
+    four = base._replace(split=bgbias.Split(*(values[:4] for values in base.split)))
+    found = ea.nearest(four, [0, 3])["replaced"]
+    assert [sorted(row) for row in found.tolist()] == [[1, 2, 3], [0, 1, 2]]
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def cells_of(file, columns, captions):
+    """The cells of a picture, (rows, columns, px, px, 3), 5 px apart. `captions` says how many lines of
+    32 px stand above each row."""
+    picture, px, top, rows = np.asarray(Image.open(file)), 905 // columns - 5, 0, []
+    for lines in captions:
+        for _ in range(lines):
+            assert (picture[top:top + 32].min(axis=2) < 100).any()  # it is written there
+            top += 32
+        row, gap = picture[top:top + px], picture[top + px:top + px + 5]
+        assert (gap == 255).all()
+        rows.append([row[:, left:left + px] for left in range(0, columns * (px + 5), px + 5)])
+        top += px + 5
+    assert top == len(picture)
+    return np.array(rows)
+
+
+def enlarged(pixels, px):
+    """The picture of pixels (C, S, S)."""
+    return ea.TF.to_pil_image(pixels.round().byte()).convert("RGB").resize((px, px), Image.LANCZOS)
+
+
+def unlike(cell, picture):
+    """How far a cell is from a picture, without its frame and its text."""
+    return np.median(np.abs(cell - np.asarray(picture, float))[40:-5, 5:-5].max(axis=2))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The rows (caption, cells) of the pictures that are drawn."""
+    rows, draw_grid = [], ea.draw_grid
+
+    def watched(lines, columns, file):
+        rows[:] = lines
+        draw_grid(lines, columns, file)
+
+    monkeypatch.setattr(ea, "draw_grid", watched)
+    return rows
+
+
+def test_neighbours_picture(runs, base, images, slow, drawn, tmp_path):
+    """The query, its mask, the query on its new background, and per run its neighbours in their order,
+    in frames that say whether their class is the query's."""
+    evaluate(*runs, "--neighbours", tmp_path / "a.png", "--images", "6")
+    cells, labels = cells_of(tmp_path / "a.png", 8, [2, 1] * 6), base.split.labels
+    photos, masks, replaced = ([enlarged(x, 108) for x in some]
+                               for some in (images[0], 255 * images[1], replace(*images)))
+    queries, right = ea.shuffled(base)[:6], []
+    assert queries != sorted(queries)
+    for n, query in enumerate(queries):
+        for cell, picture in zip(cells[2 * n], (photos[query], masks[query], replaced[query])):
+            assert unlike(cell, picture) < 2
+        assert (cells[2 * n + 1][:3] == 255).all()  # the same query, which is shown once
+        assert "/".join(base.split.images[query].parts[-2:]) in drawn[2 * n][0]
+        for row, (caption, _), near in zip(cells[2 * n:], drawn[2 * n:], slow):
+            hits = {condition: labels[near[condition][query]] == labels[query] for condition in near}
+            right += hits["replaced"].tolist()
+            numbers = [tuple(map(int, found)) for found in re.findall(r"(\d) of (\d)", caption)]
+            assert numbers == [(hits["replaced"].sum(), 5), (hits["clean"].sum(), 5)]
+            for cell, k, hit in zip(row[3:], near["replaced"][query], hits["replaced"]):
+                assert unlike(cell, photos[k]) < 2 < unlike(cell, photos[(k + 4) % N])
+                frame = np.concatenate([cell[0], cell[4], cell[-1], cell[:, 0], cell[:, -1]])
+                assert (frame == ((0, 158, 115) if hit else (213, 94, 0))).all()  # green or orange
+    assert 0 < sum(right) < len(right)  # both occur above
+    assert not list(tmp_path.glob("*/attention.npz"))
+
+
+def test_worst_neighbours_are_misled_by_the_new_background(runs, base, slow, drawn, tmp_path):
+    """The base run's nearest is right on the query's own background and wrong on the new one."""
+    labels = base.split.labels
+    right = {condition: labels[near[:, 0]] == labels for condition, near in slow[0].items()}
+    misled = [row for row in ea.shuffled(base) if right["clean"][row] and not right["replaced"][row]]
+    assert 2 < len(misled) < 40
+    for count in (N, 2):
+        evaluate(*runs, "--neighbours", tmp_path / "a.png", "--images", count, "--worst")
+        names = ["/".join(base.split.images[row].parts[-2:]) for row in misled[:count]]
+        captions = [caption for caption, _ in drawn[::2]]
+        assert len(captions) == len(names)
+        assert all(name in caption for name, caption in zip(names, captions))
+
+
+def test_no_query_is_misled(runs, failure, tmp_path):
+    """A network that maps everything to one point has the same neighbours on any background."""
+    state = torch.load(runs[0] / "best.pt", weights_only=True)
+    state["network"]["head.weight"].zero_()
+    torch.save(state, runs[0] / "best.pt")
+    flags = [runs[0], "--neighbours", tmp_path / "a.png", "--worst", "--device", "cpu"]
+    line = failure(flags, main=ea.main)
+    assert "--worst" in line and str(runs[0]) in line and not (tmp_path / "a.png").exists()
+
+
+def test_figure(runs, base, images, drawn, tmp_path):
+    """Per image: the photo, its mask, and the map of each run with its score."""
+    evaluate(*runs, "--figure", tmp_path / "a.png", "--images", "3")
+    rows, cells = ea.shuffled(base)[:3], cells_of(tmp_path / "a.png", 4, [0] * 3)
+    for n, row in enumerate(rows):
+        photo, other = (enlarged(images[0][k], 221) for k in (row, (row + 4) % N))
+        mask = enlarged(255 * images[1][row], 221).convert("L")
+        assert unlike(cells[n, 0], photo) < 2 < unlike(cells[n, 0], other)
+        outline = np.abs(cells[n, 1].astype(int) - cells[n, 0]).max(axis=2)[40:] > 60
+        expected = np.asarray(ea.outlined(photo, mask))[40:]
+        assert outline.any() and (cells[n, 1][40:][outline] == expected[outline]).all()
+        for k, folder in enumerate(runs):
+            run = ea.load_run(folder, "cpu")
+            attention = ea.collect_maps(run, [row], ea.network_of(run))[1][0]
+            assert unlike(cells[n, 2 + k], ea.outlined(ea.heated(photo, attention), mask)) < 3
+            score = saved_scores(folder)[str(run.split.images[row])]
+            assert f"{score:.2f}" in drawn[n][1][2 + k][1]
+    evaluate(runs[0], "--figure", tmp_path / "b.png", "--images", "2")
+    cells_of(tmp_path / "b.png", 3, [0] * 2)  # photo, mask and one map
 
 
 def test_heat_map_and_outline():
@@ -492,458 +558,21 @@ def test_heat_map_and_outline():
     assert edge.any(axis=(0, 2)).tolist() == [False] * 4 + [True] * 2 + [False] * 3
 
 
-def test_occlusion_moves_only_what_is_swapped(runs):
-    run = ea.load_run(runs[0], "cpu")
-    background, object_, p = ea.occlusion(run, ea.network_of(run), [6, 7, 8])
-    assert p.tolist() == pytest.approx([p[0].item(), 0, 1])
-    assert (background[:2] > 1e-3).all() and background[2] < 1e-6  # a full mask has no background
-    assert (object_[[0, 2]] > 1e-3).all() and object_[1] < 1e-6  # an empty one no object
-
-
-# --------------------------------------------------------------------------------------------------
-# Neighbours
-# --------------------------------------------------------------------------------------------------
-
-
-def write_photo(root, name, backdrop, thing, corner):
-    """A photo of a thing (12 x 12) in front of a backdrop (24 x 28), and its mask."""
-    pixels, mask = backdrop.copy(), np.zeros(backdrop.shape[:2], np.uint8)
-    top, left = corner
-    pixels[top:top + 12, left:left + 12] = thing
-    mask[top:top + 12, left:left + 12] = 255
-    for kind, content in (("images", pixels), ("masks", mask)):
-        (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(content).save(root / kind / name)
-
-
-@pytest.fixture(scope="module")
-def sellers(tmp_path_factory):
-    """Two runs, base and BGAugment, trained for two batches, of 22 classes x 4 photos, 44 of them
-    test images (two batches of the test). A class is a coloured square before its own backdrop, but
-    for a photo each, which has another class's."""
-    root, rng = tmp_path_factory.mktemp("sellers"), np.random.default_rng(0)
-    backdrops = rng.integers(0, 256, (22, 1, 1, 3)) + rng.integers(-20, 20, (22, 24, 28, 3))
-    backdrops = backdrops.clip(0, 255).astype(np.uint8)
-    for label in range(22):
-        thing = rng.integers(0, 256, 3)
-        for i in range(4):
-            backdrop = backdrops[(label + (i == 3)) % 22]
-            corner = rng.integers(2, 12, 2)
-            write_photo(root / "shop", f"c{label:02d}/{i}.png", backdrop, thing, corner)
-    for part in ("val", "test"):
-        (root / "pool" / part).mkdir(parents=True)
-        for i in range(6):
-            pixels = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (24, 24, 3))
-            pixels = pixels.clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / f"pool/{part}/{i}.png")
-    for flags in ([], ["--bgaugment"]):
-        bgbias.main(["--dataset", str(root / "shop"), "--backgrounds", str(root / "pool"),
-                     "--runs", str(root / "runs"), "--backbone", "smallconv", "--weights", "none",
-                     "--epochs", "1", "--iterations", "2", "--batch-size", "8", "--lr", "1e-3",
-                     "--image-size", str(SIZE), "--device", "cpu", *flags])
-    return [root / f"runs/shop-contrastive-{kind}-s42" for kind in ("base", "bgaugment")]
-
-
-def pixels_of(file, grey=False):
-    """A photo or mask, resized and centre-cropped as the test protocol says: (C, S, S) float."""
-    picture = Image.open(file).convert("L" if grey else "RGB")
-    short = round(SIZE * 256 / 227)
-    scale = short / min(picture.size)
-    picture = picture.resize([int(n * scale) for n in picture.size], Image.BILINEAR)
-    left, top = (int(round((n - SIZE) / 2)) for n in picture.size)
-    picture = np.asarray(picture.crop((left, top, left + SIZE, top + SIZE)), np.float32)
-    return torch.from_numpy(np.atleast_3d(picture).transpose(2, 0, 1).copy())
-
-
-def two_views(run, count=44):
-    """Test photos, and these in front of draw 0 of the test's five, (N, 3, S, S) in [0, 255]."""
-    batches = bgbias.test_batches(run.split, run.args)
-    backgrounds = torch.cat([batches[n][1][0] for n in range(batches.items_a_pass)]).float()
-    photos = torch.stack([pixels_of(file) for file in run.split.images])
-    masks = torch.stack([pixels_of(file, grey=True) for file in run.split.masks]) / 255
-    assert len(photos) == count == len(backgrounds)
-    return photos, photos * masks + backgrounds * (1 - masks)
-
-
-def slow_embeddings(run, images):
-    """Each image by itself through the weights in best.pt: (N, D) float64."""
-    network = bgbias.Embedder("smallconv", "none", SIZE).eval()
-    network.load_state_dict(torch.load(run.folder / "best.pt", weights_only=True)["network"])
-    network.double()
-    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
-    with torch.no_grad():
-        features = [network.backbone((image / 255 - mean)[None] / std)[0] for image in images]
-        e = torch.stack([network.head(feature) for feature in features])
-    return (e / (e ** 2).sum(dim=1, keepdim=True).sqrt()).numpy()
-
-
-def slow_neighbours(queries, gallery, count=5):
-    """For query i the `count` nearest of the gallery but i, by a plain double loop."""
-    found = []
-    for i, query in enumerate(queries):
-        distances = [(float(((query - other) ** 2).sum()), j)
-                     for j, other in enumerate(gallery) if j != i]
-        found.append([j for _, j in sorted(distances)[:count]])
-    return np.array(found)
-
-
-@pytest.fixture(scope="module")
-def slow(sellers):
-    """{run folder: {"clean", "replaced": (44, 5) the nearest clean photos}}"""
-    found = {}
-    for folder in sellers:
-        run = ea.load_run(folder, "cpu")
-        clean, replaced = (slow_embeddings(run, images) for images in two_views(run))
-        found[folder] = {"clean": slow_neighbours(clean, clean),
-                         "replaced": slow_neighbours(replaced, clean)}
-    return found
-
-
-def test_nearest_is_a_double_loop_over_embeddings(sellers, slow):
-    for folder in sellers:
-        run = ea.load_run(folder, "cpu")
-        found = ea.nearest(run, list(range(44)))
-        for condition, expected in slow[folder].items():
-            np.testing.assert_array_equal(found[condition].numpy(), expected)
-            assert (found[condition] != torch.arange(44)[:, None]).all()  # never the query itself
-        some = ea.nearest(run, [40, 3, 33])["replaced"]  # in the order that is asked for
-        np.testing.assert_array_equal(some.numpy(), slow[folder]["replaced"][[40, 3, 33]])
-
-
-def test_picture_and_table_tell_one_story(sellers, slow):
-    for folder in sellers:
-        run = ea.load_run(folder, "cpu")
-        found = ea.nearest(run, list(range(44)))
-        labels = np.array(run.split.labels)
-        test = json.loads((folder / "result.json").read_text())["test"]
-        expected = {"clean": test["clean"], "replaced": test["query"]["draws"][0]}
-        for condition, metrics in expected.items():
-            first = found[condition][:, 0].numpy()
-            assert 0.02 < metrics["recall@1"] < 0.98
-            assert (labels[first] == labels).mean() == pytest.approx(metrics["recall@1"], abs=1e-12)
-
-
-def test_nearest_of_embeddings_that_lie_close_together(sellers, tmp_path):
-    """Of a network that has all but collapsed, too: all embeddings within about 0.001."""
-    copy = copy_of(sellers[0], tmp_path / sellers[0].name)
-    state = torch.load(copy / "best.pt", weights_only=True)
-    state["network"]["head.weight"] *= 1e-3 / state["network"]["head.weight"].norm()
-    state["network"]["head.bias"][:] = torch.linspace(-1, 1, 128)
-    torch.save(state, copy / "best.pt")
-    run = ea.load_run(copy, "cpu")
-    photos, replaced = two_views(run)
-    clean, replaced = slow_embeddings(run, photos), slow_embeddings(run, replaced)
-    assert 1e-4 < np.linalg.norm(clean - clean.mean(axis=0), axis=1).max() < 2e-3
-    found = ea.nearest(run, list(range(44)))["replaced"].numpy()
-    assert (found == slow_neighbours(replaced, clean)).mean() > 0.98  # float32 swaps a few
-
-
-CELL = 108  # px, eight a row and gaps of 5
-
-
-def neighbours_picture(file, *runs_and_flags):
-    ea.main([*map(str, runs_and_flags), "--device", "cpu", "--neighbours", str(file)])
-    return np.asarray(Image.open(file))
-
-
-def rows_of(picture):
-    """The rows of a picture of neighbours: (rows, 8, CELL, CELL, 3), without the captions."""
-    assert picture.shape[1] == 900 and picture.shape[0] % (CELL + 5 + 32) == 0
-    rows = picture.reshape(-1, CELL + 5 + 32, 900, 3)[:, :CELL]
-    return np.stack([rows[:, :, k * (CELL + 5):][:, :, :CELL] for k in range(8)], axis=1)
-
-
-def unlike(cell, pixels):
-    """How far a cell is from a picture, its frame and its label apart: mean of |difference|."""
-    picture = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy().squeeze())
-    expected = np.asarray(picture.convert("RGB").resize((CELL, CELL), Image.LANCZOS), float)
-    return np.abs(cell - expected)[40:-5, 5:-5].mean()
-
-
-def frames(row):
-    """The colours of the frames around a row's five neighbours, as #rrggbb; one colour a frame."""
-    colours = []
-    for cell in row[3:]:
-        frame = np.concatenate([cell[0], cell[-1], cell[:, 0], cell[:, -1], cell[4], cell[-5]])
-        colour, = {tuple(pixel) for pixel in frame.tolist()}
-        colours.append("#{:02x}{:02x}{:02x}".format(*colour))
-    return colours
-
-
-def test_neighbours_picture(sellers, slow, tmp_path):
-    """By name: the query, its mask, the query on its new background, and per run its neighbours
-    in their order, in frames that say whether their class is the query's."""
-    names = ["c11/0.png", "c21/3.png", "c19/1.png"]
-    picture = neighbours_picture(tmp_path / "a.png", *sellers, "--images", ",".join(names))
-    rows = rows_of(picture)
-    assert len(rows) == 6
-    run = ea.load_run(sellers[0], "cpu")
-    labels, (photos, replaced) = run.split.labels, two_views(run)
-    colours = set()
-    for n, query in enumerate([0, 43, 33]):
-        assert run.images[query].endswith(names[n])
-        top = rows[2 * n]
-        assert unlike(top[0], photos[query]) < 1
-        assert unlike(top[1], pixels_of(run.split.masks[query], grey=True)) < 1
-        assert unlike(top[2], replaced[query]) < 1
-        assert (rows[2 * n + 1][:3] == 255).all()  # the same query, shown once
-        for folder, row in zip(sellers, rows[2 * n:2 * n + 2]):
-            near = slow[folder]["replaced"][query]
-            expected = ["#009e73" if labels[k] == labels[query] else "#d55e00" for k in near]
-            assert frames(row) == expected
-            colours |= set(expected)
-            for cell, k in zip(row[3:], near):
-                assert unlike(cell, photos[k]) < 1 < unlike(cell, photos[(k + 4) % 44])
-    assert len(colours) == 2  # both occur above
-    assert not list(tmp_path.glob("*.tmp*")) and not list(sellers[0].glob("attention*"))
-
-
-def test_neighbours_of_one_run(sellers, tmp_path):
-    """Either of the two; the rows are those that it has in the picture of both."""
-    both = rows_of(neighbours_picture(tmp_path / "a.png", *sellers, "--images", "3"))
-    for k, folder in enumerate(sellers):
-        alone = rows_of(neighbours_picture(tmp_path / "b.png", folder, "--images", "3"))
-        assert len(both) == 6 and len(alone) == 3
-        np.testing.assert_array_equal(alone[:, :3], both[::2, :3])
-        np.testing.assert_array_equal(alone[:, 3:], both[k::2, 3:])
-
-
-def test_neighbours_take_no_gradients(sellers, tmp_path, monkeypatch):
-    def refused(*args, **kwargs):
-        raise AssertionError("a gradient")
-
-    monkeypatch.setattr(torch.autograd, "grad", refused)
-    monkeypatch.setattr(torch.Tensor, "backward", refused)
-    monkeypatch.setattr(torch.autograd, "backward", refused)
-    forward, tracked = bgbias.Embedder.forward, []
-
-    def watched(self, x):
-        e = forward(self, x)
-        tracked.append(e.requires_grad)
-        return e
-
-    monkeypatch.setattr(bgbias.Embedder, "forward", watched)
-    neighbours_picture(tmp_path / "a.png", sellers[0], "--images", "1", "--worst")
-    assert tracked and not any(tracked)
-
-
-def test_worst_neighbours_are_misled_by_the_new_background(sellers, slow, tmp_path):
-    """--worst: the base run's nearest is right on the query's own background, wrong on the new."""
-    run = ea.load_run(sellers[0], "cpu")
-    labels, near = np.array(run.split.labels), slow[sellers[0]]
-    right = {condition: labels[near[condition][:, 0]] == labels for condition in near}
-    misled = np.flatnonzero(right["clean"] & ~right["replaced"])
-    assert 2 < len(misled) < 40
-    worst = neighbours_picture(tmp_path / "a.png", *sellers, "--images", "44", "--worst")
-    assert len(rows_of(worst)) == 2 * len(misled)
-    order = [row for row in ea.shuffled(run) if row in misled]
-    names = ["/".join(Path(run.images[row]).parts[-2:]) for row in order]
-    named = neighbours_picture(tmp_path / "b.png", *sellers, "--images", ",".join(names))
-    np.testing.assert_array_equal(rows_of(worst), rows_of(named))
-    captions = [picture.reshape(-1, CELL + 37, 900, 3)[:, CELL:] for picture in (worst, named)]
-    assert (captions[0] != captions[1]).any(axis=(1, 2, 3)).tolist() == [True, False] * len(misled)
-    two = neighbours_picture(tmp_path / "c.png", *sellers, "--images", "2", "--worst")
-    np.testing.assert_array_equal(two, worst[:len(two)])
-    assert len(rows_of(two)) == 4
-
-
-def test_neighbours_of_a_tiny_gallery(sellers, tmp_path):
-    """Four photos have three neighbours each."""
-    run = ea.load_run(sellers[0], "cpu")
-    four = bgbias.Split(run.split.images[:4], run.split.masks[:4], run.split.labels[:4])
-    run = run._replace(split=four, images=run.images[:4])
-    found = ea.nearest(run, [0, 3])["replaced"]
-    assert [sorted(row) for row in found.tolist()] == [[1, 2, 3], [0, 1, 2]]
-    ea.draw_neighbours({"base": run}, "2", tmp_path / "a.png", worst=False)
-    rows = rows_of(np.asarray(Image.open(tmp_path / "a.png")))
-    assert (rows[:, 6:] == 255).all() and (rows[:, 3:6] != 255).any(axis=(2, 3, 4)).all()
-
-
-# --------------------------------------------------------------------------------------------------
-# Errors
-# --------------------------------------------------------------------------------------------------
-
-
-def error_of(capsys, *argv):
-    """The one line on stderr; checks the exit code."""
-    with pytest.raises(SystemExit) as ended:
-        bgbias.command("eval_attention.py", lambda: ea.main([*map(str, argv), "--device", "cpu"]))
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("eval_attention.py: error: ") and "Traceback" not in "".join(lines)
-    return lines[-1]
-
-
-def copy_of(folder, copy):
-    copy.mkdir()
-    for name in ("config.json", "best.pt", "result.json"):
-        (copy / name).write_bytes((folder / name).read_bytes())
-    return copy
-
-
-def test_error_no_run(capsys, tmp_path):
-    assert f"{tmp_path}: no finished run; give" in error_of(capsys, tmp_path)
-
-
-@pytest.mark.parametrize("argument, value", [
-    ("loss", ["triplet"]), ("seed", None), ("seed", "x"), ("seed", -1), ("image_size", "large")])
-def test_error_argument_in_config(capsys, runs, tmp_path, argument, value):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    saved = json.loads((copy / "config.json").read_text())
-    saved["args"][argument] = value
-    (copy / "config.json").write_text(json.dumps(saved))
-    line = error_of(capsys, copy)
-    assert f"{copy / 'config.json'}: " in line and "not of this bgbias.py, train again" in line
-
-
-def test_error_loss_without_a_distance(capsys, runs, monkeypatch):
-    monkeypatch.delitem(ea.DISTANCES, "contrastive")
-    line = error_of(capsys, runs[0])
-    assert line.endswith(f"{runs[0]}: its loss contrastive has no entry in DISTANCES in eval_attention.py")
-
-
-def test_another_distance_is_another_score(runs, monkeypatch):
-    before = ea.load_run(runs[0], "cpu").checksum
-    assert before == ea.load_run(runs[0], "cpu").checksum
-    monkeypatch.setitem(ea.DISTANCES, "contrastive", ea.cosine)
-    assert before != ea.load_run(runs[0], "cpu").checksum
-
-
-@pytest.mark.parametrize("content", [
-    "{", "[]", '{"args": {}}', "", "null", 10_000 * "[" + 10_000 * "]",
-    '{"args": ' + 10_000 * '{"args": ' + "1" + 10_001 * "}"])
-def test_error_config(capsys, runs, tmp_path, content):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    (copy / "config.json").write_text(content)
-    line = error_of(capsys, copy)
-    assert f"{copy / 'config.json'}: " in line and "not of this bgbias.py, train again" in line
-
-
-def test_error_data_gone(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    saved = json.loads((copy / "config.json").read_text())
-    saved["args"]["dataset"] = str(tmp_path / "gone")
-    (copy / "config.json").write_text(json.dumps(saved))
-    line = error_of(capsys, copy)
-    assert f"{copy}: --dataset {tmp_path / 'gone'}: " in line and "start where" in line
-
-
-def test_error_checkpoint(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    best = (copy / "best.pt").read_bytes()
-    (copy / "best.pt").write_bytes(b"no checkpoint")
-    line = error_of(capsys, copy)
-    assert f"{copy / 'best.pt'}: " in line and line.endswith("; train again")
-    weight = torch.load(runs[0] / "best.pt", weights_only=True)["network"]["head.weight"]
-    place = best.index(weight.numpy().tobytes())  # flipped in there, torch.load notices nothing
-    for flipped in (place, place + 4 * weight.numel() - 1):
-        damaged = bytearray(best)
-        damaged[flipped] ^= 0xFF
-        (copy / "best.pt").write_bytes(damaged)
-        line = error_of(capsys, copy)
-        assert f"{copy / 'best.pt'}: " in line and "damaged" in line, flipped
-    (copy / "best.pt").write_bytes(best[:-1000])
-    assert error_of(capsys, copy).endswith("; train again")
-    (copy / "best.pt").unlink()
-    line = error_of(capsys, copy)
-    assert f"{copy / 'best.pt'}: " in line and "No such file" in line
-    assert not list(copy.glob("attention*"))
-
-
-def test_error_unfinished(capsys, runs, tmp_path):
-    """Its best epoch, and so its scores, may still change."""
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    (copy / "result.json").unlink()
-    assert f"{copy}: no finished run; give folders" in error_of(capsys, copy)
-    ea.main([str(copy), str(runs[0]), "--device", "cpu"])
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+def test_unfinished_runs_are_left_out(runs, failure, capsys):
+    """Their best epoch, and so their scores, may still change."""
+    (runs[0] / "result.json").unlink()
+    (runs[0].parent / "report.md").touch()  # as RUNS/* has it
+    assert str(runs[0]) in failure([runs[0], "--device", "cpu"], main=ea.main)
+    evaluate(runs[0], runs[0].parent / "report.md", runs[1], "--limit", "3")
     out = capsys.readouterr().out
-    assert out.startswith(f"{copy}: no finished run, left out\n")
-    assert row_of(out, "attention", runs[0])["images"] == "9"
+    assert str(runs[0]) in out and "report.md" not in out
+    assert [row[""] for row in rows_of_table(out)] == ["bgaugment"]
 
 
-def test_error_device(capsys, runs):
-    with pytest.raises(bgbias.UserError, match="^--device cuda:99: "):
-        ea.load_run(runs[0], "cuda:99")
-
-
-@pytest.mark.parametrize("damage", [
-    lambda saved: saved | {"score": saved["score"].astype(str)},
-    lambda saved: saved | {"a": saved["a"] + 1j},
-    lambda saved: saved | {"p": saved["p"][:-1]},
-    lambda saved: saved | {"image": saved["image"][:-1]},
-    lambda saved: saved | {"score": np.array([{}] * 9)},
-    lambda saved: {name: saved[name] for name in ("image", "score", "a", "p")}])
-def test_error_scores_of_another_kind(capsys, runs, tmp_path, damage):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    score_again(copy)
-    with np.load(copy / "attention.npz") as file:
-        saved = dict(file)
-    with (copy / "attention.npz").open("wb") as file:
-        np.savez(file, **damage(saved))
-    capsys.readouterr()
-    line = error_of(capsys, copy)
-    assert f"{copy / 'attention.npz'}: " in line and line.endswith("; delete it")
-    (copy / "attention.npz").unlink()
-    np.testing.assert_array_equal(score_again(copy)[:, 1], saved["a"])  # that was the remedy
-
-
-def test_error_scores(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    (copy / "attention.npz").write_bytes(b"PK no scores")
-    line = error_of(capsys, copy)
-    assert f"{copy / 'attention.npz'}: " in line and line.endswith("; delete it")
-
-
-def test_error_same_run_twice(capsys, runs, tmp_path):
-    copy = copy_of(runs[0], tmp_path / runs[0].name)
-    line = error_of(capsys, runs[0], copy)
-    assert "are no pair; give one base and one BGAugment run" in line
-
-
-def test_error_figure(capsys, runs, tmp_path):
-    line = error_of(capsys, runs[0], "--figure", tmp_path / "a.png")
-    assert "one base and one BGAugment run" in line
-    assert "name of a .png" in error_of(capsys, *runs, "--figure", tmp_path / "a.jpg")
-    assert "name of a .png" in error_of(capsys, *runs, "--figure", tmp_path / "gone" / "a.png")
-    wanted = ("--figure", tmp_path / "a.png", "--images", "nothing.jpg")
-    assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *wanted)
-    wanted = ("--figure", tmp_path / "a.png", "--images", "0")
-    assert "--images 0: no test image" in error_of(capsys, *runs, *wanted)
-
-
-@pytest.mark.parametrize("flag", ["--neighbours", "--figure"])
-@pytest.mark.parametrize("name", ["a.jpg", "a", "gone/a.png", "photos.png/a.png"])
-def test_error_name_of_a_picture_before_the_work(capsys, runs, tmp_path, monkeypatch, flag, name):
-    def no_work(*args, **kwargs):
-        raise AssertionError("worked in vain")
-
-    monkeypatch.setattr(ea, "network_of", no_work)
-    (tmp_path / "photos.png").touch()
-    line = error_of(capsys, *runs, flag, tmp_path / name)
-    assert f"{tmp_path / name}: give the name of a .png in a folder that exists" in line
-
-
-def test_error_neighbours(capsys, runs, sellers, tmp_path):
-    flags = ("--neighbours", tmp_path / "a.png", "--images")
-    assert "--images nothing.jpg: no test image" in error_of(capsys, *runs, *flags, "nothing.jpg")
-    assert "--images 0: no test image" in error_of(capsys, *runs, *flags, "0")
-    assert "--images : no test image" in error_of(capsys, *runs, *flags, "")
-    line = error_of(capsys, *runs, *flags, "class_4/1.png", "--worst")
-    assert line.endswith("--worst: picks the images itself; give --images a number")
-    assert "one base and one BGAugment run" in error_of(capsys, runs[0], sellers[1], *flags, "1")
-    assert not (tmp_path / "a.png").exists()
-
-
-def test_a_figure_and_neighbours_are_two_calls(capsys, tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        ea.main(["run", "--figure", "a.png", "--neighbours", "b.png"])
-    assert ended.value.code == 2 and "not allowed with" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b"])
-def test_error_shard(capsys, text):
-    with pytest.raises(SystemExit) as ended:
-        ea.main(["run", "--shard", text])
-    assert ended.value.code == 2
-    assert "--shard" in capsys.readouterr().err
+def test_two_pairs_are_no_picture(runs, failure, tmp_path):
+    change_args(runs[1], seed=7)
+    line = failure([*runs, "--neighbours", tmp_path / "a.png", "--device", "cpu"], main=ea.main)
+    assert all(str(run) in line for run in runs) and not (tmp_path / "a.png").exists()

@@ -23,12 +23,12 @@ def annotations(**columns):
 
 @pytest.fixture
 def cars(tmp_path):
-    """The same six photos (three classes, told apart by grey level) in both layouts of Cars196."""
-    classes, is_test = [1, 99, 196, 1, 99, 196], [0, 1, 1, 1, 0, 0]
+    """The same twelve photos (six classes, told apart by grey level) in both layouts of Cars196."""
+    classes, is_test = [1, 40, 99, 130, 160, 196] * 2, [0, 1, 1, 0] * 3
     old, new = tmp_path / "old", tmp_path / "new/stanford_cars"
     for folder in (old / "car_ims", new / "cars_train", new / "cars_test", new / "devkit"):
         folder.mkdir(parents=True)
-    names = [f"car_ims/{i + 1:06d}.jpg" for i in range(6)]
+    names = [f"car_ims/{i + 1:06d}.jpg" for i in range(12)]
     for name, label in zip(names, classes):
         Image.new("RGB", (8, 8), (label, label, label)).save(old / name)
     savemat(old / "cars_annos.mat", annotations(relative_im_path=names, **{"class": classes}, test=is_test))
@@ -36,7 +36,7 @@ def cars(tmp_path):
     for test, folder, file in ((0, "cars_train", "devkit/cars_train_annos.mat"),
                                (1, "cars_test", "cars_test_annos_withlabels.mat")):
         own = [label for label, of_test in zip(classes, is_test) if of_test == test][::-1]
-        names = [f"{i + 1:05d}.jpg" for i in range(3)]
+        names = [f"{i + 1:05d}.jpg" for i in range(6)]
         for name, label in zip(names, own):
             Image.new("RGB", (8, 8), (label, label, label)).save(new / folder / name)
         savemat(new / file, annotations(**{"class": own}, fname=names))
@@ -44,20 +44,21 @@ def cars(tmp_path):
 
 
 def test_both_cars_layouts_give_each_photo_its_class_and_mask(cars, monkeypatch):
-    monkeypatch.setitem(bgbias.COUNTS, "cars196", (6, 2))
-    ranges = {"train": range(0, 98), "val": range(98, 99), "test": range(99, 196)}
+    monkeypatch.setitem(bgbias.COUNTS, "cars196", (12, 4))
+    ranges = {"train": range(0, 98), "val": range(98, 130), "test": range(130, 196)}
     monkeypatch.setitem(SPLITS, "cars196", ranges)
     for data, photo, mask in [(cars[0], "old/car_ims/000003.jpg", "old/masks/car_ims/000003.png"),
                               (cars[1], "new/stanford_cars/cars_test/00002.jpg",
                                "new/stanford_cars/masks/cars_test/00002.png")]:
         splits = load_splits("cars196", data, need_masks=False)
-        for name, label in {"train": 0, "val": 98, "test": 195}.items():
+        for name, classes in {"train": [0, 39], "val": [98, 129], "test": [159, 195]}.items():
             images, _, labels = splits[name]
-            assert labels.tolist() == [label, label] and len(set(images)) == 2
-            assert all(abs(np.asarray(Image.open(path)).mean() - (label + 1)) < 2 for path in images)
+            assert sorted(labels.tolist()) == sorted(2 * classes) and len(set(images)) == 4
+            for path, label in zip(images, labels, strict=True):
+                assert abs(np.asarray(Image.open(path)).mean() - (label + 1)) < 2
         masks = {image: mask for split in splits.values() for image, mask in zip(split.images, split.masks)}
         parent = data.parent
-        assert masks[parent / photo] == parent / mask and len(set(masks.values())) == 6
+        assert masks[parent / photo] == parent / mask and len(set(masks.values())) == 12
         with pytest.raises(UserError, match=f"{data}/.*png: .*python masks.py --dataset cars196 --data {data}$"):
             load_splits("cars196", data)
         (parent / photo).unlink()
@@ -69,11 +70,11 @@ def test_cars_with_the_test_labels_inside_the_devkit(cars):
     root, name = cars[1] / "stanford_cars", "cars_test_annos_withlabels.mat"
     before = bgbias.list_cars196(root)
     (root / name).rename(root / "devkit" / name)
-    assert bgbias.list_cars196(root) == before and len(before) == 6
+    assert bgbias.list_cars196(root) == before and len(before) == 12
 
 
 def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
-    with pytest.raises(UserError, match=f"{cars[0]}: 6 .*16,185 and 8,131"):
+    with pytest.raises(UserError, match=f"{cars[0]}: 12 .*16,185 and 8,131"):
         load_splits("cars196", cars[0])
     for label in range(3):  # an archive that was not unpacked to its end
         write_image(tmp_path / f"CUB_200_2011/images/{label:03d}/1.jpg", np.random.default_rng(0))
@@ -130,7 +131,7 @@ def split_sizes(splits):
 
 def test_own_folder(shop):
     splits = load_splits(str(shop / "shop"))
-    for name, classes in {"train": range(3), "val": [3], "test": range(4, 9)}.items():
+    for name, classes in {"train": range(3), "val": range(3, 5), "test": range(5, 9)}.items():
         images, masks, labels = splits[name]
         assert images == [shop / f"shop/images/c{c}/p{i}.jpg" for c in classes for i in range(4)]
         assert masks == [shop / f"shop/masks/c{c}/p{i}.png" for c in classes for i in range(4)]
@@ -138,44 +139,27 @@ def test_own_folder(shop):
     assert split_sizes(load_splits(str(shop / "shop"), training=False)) == [0, 0, 36]
 
 
-@pytest.mark.parametrize("classes", [3, 4, 5, 8, 19, 60])
-def test_own_folder_is_split_like_cars196(tmp_path, classes):
-    for c in range(classes):
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 2, 2), (3, 2, 4), (8, 2, 10), (23, 7, 30), (74, 24, 98)])
+def test_own_folder_is_split_like_cars196(tmp_path, sizes):
+    """74 : 24 : 98, but two classes at least, because one class alone has no wrong photos."""
+    for c in range(sum(sizes)):
         (tmp_path / f"images/{c:03d}").mkdir(parents=True)
         for i in range(2):
             (tmp_path / f"images/{c:03d}/{i}.jpg").touch()
-    splits = load_splits(str(tmp_path), need_masks=False)
-    labels = [split.labels.tolist() for split in splits.values()]
-    assert sum(labels, []) == np.repeat(range(classes), 2).tolist()
-    for own, share in zip(labels, (74, 24, 98), strict=True):
-        assert own and abs(len(own) / 2 - classes * share / 196) <= 1
-
-
-def test_empty_class_folders_and_other_files_do_not_count(shop):
-    (shop / "shop/images/a_empty").mkdir()
-    (shop / "shop/images/c0/notes.txt").write_text("no photo")
-    labels = np.concatenate([split.labels for split in load_splits(str(shop / "shop")).values()])
-    assert labels.tolist() == np.repeat(range(9), 4).tolist()
+    labels = [split.labels.tolist() for split in load_splits(str(tmp_path), need_masks=False).values()]
+    assert sum(labels, []) == np.repeat(range(sum(sizes)), 2).tolist()
+    assert [len(own) // 2 for own in labels] == list(sizes)
 
 
 def test_upper_case_webp_and_links_are_photos(shop):
     write_image(shop / "shop/images/c0/q.WEBP", np.random.default_rng(1))
     (shop / "shop/images/c0/p0.jpg").rename(shop / "shop/images/c0/p0.JPG")
     (shop / "shop/images/c0/p9.jpg").symlink_to(shop / "shop/images/c0/p0.JPG")
-    assert split_sizes(load_splits(str(shop / "shop"), need_masks=False)) == [14, 4, 20]
+    assert split_sizes(load_splits(str(shop / "shop"), need_masks=False)) == [14, 8, 16]
 
 
-def pool_of(shop, *flags):
-    """The pool val that a run on the shop draws from."""
-    args = parse_args(["--dataset", str(shop / "shop"), "--backgrounds", str(shop / "pools"), *flags])
-    return list_backgrounds(args, "val")
-
-
-@pytest.fixture
-def pools(shop):
-    for name in ("b2", "b0", "b1"):
-        write_image(shop / f"pools/val/{name}.jpg", np.random.default_rng(3))
-    return shop / "pools"
+def pool_of(folder, *flags):
+    return list_backgrounds(parse_args(["--dataset", str(folder), *flags]), "val")
 
 
 # Each makes something at a path that a photo could have.
@@ -185,18 +169,21 @@ NO_PHOTOS = {
     "pipe.jpg": os.mkfifo,  # to open it would wait forever
     "nowhere.jpg": lambda path: path.symlink_to("gone.jpg"),
     "raw.tiff": lambda path: write_image(path, np.random.default_rng(2)),
+    "notes.txt": lambda path: path.write_text("no photo"),
+    "../a_empty": lambda path: path.mkdir(),  # a class without photos
 }
 
 
 @pytest.mark.parametrize("name", NO_PHOTOS)
-def test_a_class_and_a_pool_hold_photos_only(shop, pools, name):
-    splits, pool = load_splits(str(shop / "shop")), pool_of(shop)
-    for folder in ("shop/images/c0", "shop/images/c4", "pools/val"):
-        NO_PHOTOS[name](shop / folder / name)
-    for split, before in zip(load_splits(str(shop / "shop")).values(), splits.values()):
+def test_a_class_and_a_pool_hold_photos_only(shop, name):
+    own = shop / "shop"
+    splits, pool = load_splits(str(own)), pool_of(own)
+    for folder in ("images/c0", "backgrounds/val"):
+        NO_PHOTOS[name](own / folder / name)
+    for split, before in zip(load_splits(str(own)).values(), splits.values()):
         assert (split.images, split.masks) == (before.images, before.masks)
         assert split.labels.tolist() == before.labels.tolist()
-    assert pool_of(shop) == pool
+    assert pool_of(own) == pool
 
 
 def test_missing_masks_and_folders_are_named(shop):
@@ -204,7 +191,7 @@ def test_missing_masks_and_folders_are_named(shop):
     mask.unlink()
     with pytest.raises(UserError, match=f"{mask}: .*python masks.py --dataset {own}$"):
         load_splits(own)
-    assert split_sizes(load_splits(own, need_masks=False)) == [12, 4, 20]
+    assert split_sizes(load_splits(own, need_masks=False)) == [12, 8, 16]
     with pytest.raises(UserError, match=f"--dataset {shop}/nowhere: "):
         load_splits(str(shop / "nowhere"))
 
@@ -222,39 +209,38 @@ def test_too_few_classes_or_photos(shop):
         with pytest.raises(UserError, match=f"{own}: .* for {name}; .*{own}/images/<class>/"):
             load_splits(str(own), **options)
 
-    for label in range(4, 9):  # every test class has one photo
+    for label in range(5, 9):  # every test class has one photo
         for i in range(1, 4):
             (own / f"images/c{label}/p{i}.jpg").unlink()
     refused("test")
-    for label in range(2, 9):
+    for label in range(5, 9):
         shutil.rmtree(own / f"images/c{label}")
     refused("test")
-    shutil.rmtree(own / "images/c1")
+    for label in range(2, 5):
+        shutil.rmtree(own / f"images/c{label}")
     refused("val")
-    assert split_sizes(load_splits(str(own), training=False)) == [0, 0, 4]  # --epochs 0 needs one class
+    assert split_sizes(load_splits(str(own), training=False)) == [0, 0, 8]  # --epochs 0 needs two classes
+    shutil.rmtree(own / "images/c1")
+    refused("test", training=False)
     for photo in own.glob("images/c0/*"):  # photos without class folders
         photo.rename(own / "images" / photo.name)
     refused("train")
     refused("test", training=False)
 
 
-def test_backgrounds_are_sorted_and_needed(shop, pools):
-    assert [path.name for path in pool_of(shop)] == ["b0.jpg", "b1.jpg", "b2.jpg"]
-    with pytest.raises(UserError, match=f"--backgrounds {shop}/shop: "):
-        pool_of(shop, "--backgrounds", str(shop / "shop"))
+def test_backgrounds_are_sorted_and_needed(shop):
+    own = shop / "shop"
+    assert pool_of(own) == [own / f"backgrounds/val/b{i}.jpg" for i in range(3)]
+    with pytest.raises(UserError, match=f"--backgrounds {own}: "):
+        pool_of(own, "--backgrounds", str(own))
 
 
-def test_the_papers_datasets_need_the_papers_number_of_backgrounds(shop, pools):
-    """Unless the user names other backgrounds. A folder of the user's own has its own by default."""
-    pools.rename(shop / "unsplash_backgrounds")
-    with pytest.raises(UserError, match=f"--backgrounds {shop}/unsplash_backgrounds: 3 .* 100"):
-        list_backgrounds(parse_args(["--dataset", "cub200", "--data", str(shop)]), "val")
-    (shop / "unsplash_backgrounds").rename(pools)
-    assert len(pool_of(shop, "--dataset", "cub200")) == 3
-    shutil.rmtree(shop / "shop/backgrounds", ignore_errors=True)
-    pools.rename(shop / "shop/backgrounds")
-    args = parse_args(["--dataset", str(shop / "shop"), "--data", "elsewhere"])
-    assert list_backgrounds(args, "val") == [shop / f"shop/backgrounds/val/b{i}.jpg" for i in range(3)]
+def test_the_papers_datasets_need_the_papers_number_of_backgrounds(shop):
+    """Unless the user names other backgrounds."""
+    pools = (shop / "shop/backgrounds").rename(shop / "unsplash_backgrounds")
+    with pytest.raises(UserError, match=f"--backgrounds {pools}: 3 .* 100"):
+        pool_of("cub200", "--data", str(shop))
+    assert len(pool_of("cub200", "--backgrounds", str(pools))) == 3
 
 
 # ---- Images --------------------------------------------------------------------------------------

@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bgbias import HPARAMS, LOSSES, nzmean
+from bgbias import CLASS_WEIGHTS, DISTANCES, HPARAMS, IMAGES_PER_CLASS, LOSSES, SPLITS, nzmean
 
-PAIR = ("contrastive", "triplet", "multi_similarity")
-CLASSIFICATION = ("arcface", "normalized_softmax")
 ROWS = [(dataset, loss) for dataset in HPARAMS for loss in HPARAMS[dataset]]
-
-
-def hparams(dataset, loss):
-    return {name: value for name, value in HPARAMS[dataset][loss].items() if name != "lr_loss"}
 
 
 def circle(*degrees):
@@ -111,15 +105,26 @@ NAIVE = {"contrastive": naive_contrastive, "triplet": naive_triplet, "arcface": 
          "multi_similarity": naive_multi_similarity, "normalized_softmax": naive_normalized_softmax}
 
 
+def test_every_table_has_every_loss():
+    """A new loss needs an entry in each, and an oracle here, in NAIVE."""
+    assert set(LOSSES) == set(DISTANCES) == set(IMAGES_PER_CLASS)
+    assert set(LOSSES) == set(NAIVE), "write an oracle: naive_<loss>(embeddings, labels, weight, **hparams)"
+    assert set(CLASS_WEIGHTS) <= set(LOSSES)
+    assert set(HPARAMS) == set(SPLITS) and all(set(HPARAMS[dataset]) <= set(LOSSES) for dataset in HPARAMS)
+    for dataset, loss in ROWS:  # a class weight has a learning rate of its own
+        assert ("lr_loss" in HPARAMS[dataset][loss]) == (loss in CLASS_WEIGHTS)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 @pytest.mark.parametrize("dataset, loss", ROWS)
 def test_every_row_of_hyper_parameters_against_nested_loops(dataset, loss, dtype, tolerance):
     plane = circle(0, 7, 15, 40, 41, 90, 180, 181, 275), torch.tensor([0, 0, 1, 1, 0, 2, 2, 1, 3])
     for embeddings, labels, weight in [(*plane, circle(3, 17, 200, 290) * 2), random_batch()]:
-        kwargs = hparams(dataset, loss)
-        expected = NAIVE[loss](embeddings.tolist(), labels.tolist(), weight.tolist(), **kwargs)
-        weight = weight.to(dtype) if loss in CLASSIFICATION else None
-        value = LOSSES[loss](embeddings.to(dtype), labels, weight, **kwargs)
+        hparams = HPARAMS[dataset][loss]
+        naive = {name: value for name, value in hparams.items() if name != "lr_loss"}
+        expected = NAIVE[loss](embeddings.tolist(), labels.tolist(), weight.tolist(), **naive)
+        weight = weight.to(dtype) if loss in CLASS_WEIGHTS else None
+        value = LOSSES[loss](embeddings.to(dtype), labels, weight, **hparams)
         assert value.shape == () and expected > 0
         assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
@@ -176,11 +181,11 @@ def test_normalized_softmax_by_hand():
     assert value.item() == pytest.approx(math.log(1 + math.exp(math.sqrt(3) - 1)))
 
 
-@pytest.mark.parametrize("loss", CLASSIFICATION)
+@pytest.mark.parametrize("loss", sorted(CLASS_WEIGHTS))
 def test_class_weights_count_by_their_direction_only(loss):
     embeddings, labels, weight = random_batch()
     lengths = torch.linspace(0.01, 9, len(weight))[:, None]
-    value, other = (LOSSES[loss](embeddings, labels, w, **hparams("toy", loss)).item()
+    value, other = (LOSSES[loss](embeddings, labels, w, **HPARAMS["toy"][loss]).item()
                     for w in (weight, weight * lengths))
     assert value == pytest.approx(other, rel=1e-12)
 
@@ -189,13 +194,13 @@ def test_class_weights_count_by_their_direction_only(loss):
 def test_gradients_against_finite_differences(loss):
     embeddings, labels, weight = random_batch(images=6, classes=3, width=4)
     embeddings.requires_grad_()
-    if loss in PAIR:
+    if loss not in CLASS_WEIGHTS:
         assert torch.autograd.gradcheck(
-            lambda e: LOSSES[loss](e, labels, None, **hparams("toy", loss)), embeddings)
+            lambda e: LOSSES[loss](e, labels, None, **HPARAMS["toy"][loss]), embeddings)
     else:
         weight.requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda e, w: LOSSES[loss](e, labels, w, **hparams("toy", loss)), (embeddings, weight))
+            lambda e, w: LOSSES[loss](e, labels, w, **HPARAMS["toy"][loss]), (embeddings, weight))
 
 
 DEGENERATE = {
@@ -213,8 +218,8 @@ DEGENERATE = {
 def test_degenerate_batches_are_finite_with_a_gradient(dataset, loss, batch):
     labels, degrees = DEGENERATE[batch]
     embeddings = circle(*degrees).float().requires_grad_()
-    weight = circle(33, 120, 213, 0).float().requires_grad_() if loss in CLASSIFICATION else None
-    value = LOSSES[loss](embeddings, torch.tensor(labels), weight, **hparams(dataset, loss))
+    weight = circle(33, 120, 213, 0).float().requires_grad_() if loss in CLASS_WEIGHTS else None
+    value = LOSSES[loss](embeddings, torch.tensor(labels), weight, **HPARAMS[dataset][loss])
     value.backward()
     assert value.isfinite() and value >= 0
     assert embeddings.grad.isfinite().all()
@@ -233,7 +238,7 @@ def test_degenerate_batches_are_finite_with_a_gradient(dataset, loss, batch):
 ])
 def test_degenerate_batches_by_hand(loss, batch, expected):
     labels, degrees = DEGENERATE[batch]
-    value = LOSSES[loss](circle(*degrees), torch.tensor(labels), **hparams("toy", loss))
+    value = LOSSES[loss](circle(*degrees), torch.tensor(labels), **HPARAMS["toy"][loss])
     assert value.item() == pytest.approx(expected, abs=1e-12)
 
 

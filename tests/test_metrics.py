@@ -1,7 +1,7 @@
 """MAP@R, R-precision, Recall@K and NMI against naive loops, scikit-learn and values worked by hand.
 
-Embeddings of small integers whose mean is one too make every distance exact: ties are ties for the
-code, which takes the mean away, and for the oracle.
+Embeddings of small integers whose mean is an integer too make every distance exact. So a tie is a
+tie for the code, which subtracts the mean, and for the oracle.
 """
 
 import math
@@ -40,8 +40,8 @@ def naive_metrics(embeddings, labels, ks, gallery=None):
 
 
 def integers(items, width, classes, seed):
-    """Integer embeddings with many ties, a second set, labels with singletons and gaps. (Multiples
-    of the number of items have an integer as their mean.)"""
+    """Integer embeddings with many ties, a second set, labels with singletons and gaps. The mean of
+    multiples of the number of items is an integer."""
     rng = np.random.default_rng(seed)
     labels = 5 * rng.integers(0, classes, items) + 3
     embeddings, gallery = items * rng.integers(-2, 3, (2, items, width))
@@ -75,7 +75,7 @@ CLASS_SIZES = {
 @pytest.mark.parametrize("ks", [(1,), (1, 2, 5), (1, 3, 30, 1000)])
 @pytest.mark.parametrize("sizes", CLASS_SIZES)
 def test_class_sizes_against_naive_loops(sizes, ks):
-    """With ties and without, K below R and beyond."""
+    """With and without ties, with K below and above R."""
     rng = np.random.default_rng(1)
     labels = rng.permutation(np.repeat(range(len(CLASS_SIZES[sizes])), CLASS_SIZES[sizes]))
     tied = integers(len(labels), 2, 1, seed=2)[:2]
@@ -89,15 +89,6 @@ def test_class_sizes_against_naive_loops(sizes, ks):
             assert found == pytest.approx(expected, abs=1e-6)
             if len(CLASS_SIZES[sizes]) == 1:
                 assert set(found.values()) == {1.0}
-
-
-def test_recall_does_not_depend_on_the_other_k():
-    """Whether a K beyond R is asked for too."""
-    embeddings, labels = clustered(200, 10, 8, seed=0)
-    together = retrieval_metrics(embeddings, labels, (1, 5, 20, 150))
-    for k in (1, 5, 20, 150):
-        assert retrieval_metrics(embeddings, labels, (k,))[f"recall@{k}"] == together[f"recall@{k}"]
-    assert together["recall@1"] < together["recall@5"] < together["recall@20"] < together["recall@150"]
 
 
 def test_by_hand():
@@ -123,7 +114,7 @@ def test_right_items_at_one_place_have_a_rank_each():
         "map@r": (1 + 1 / 2 + 1 / 2) / 3, "r_precision": (1 + 1 / 2 + 1 / 2) / 3, "recall@1": 1})
 
 
-def test_right_and_wrong_items_at_one_place_with_k_below_and_beyond_r():
+def test_right_and_wrong_items_at_one_place_with_k_below_and_above_r():
     """Two right and two wrong at 1 and a right one at 0: each finds the wrong ones first."""
     places, labels = torch.tensor([[0.0], [1.0], [1.0], [1.0], [1.0]]), [0, 0, 0, 1, 2]
     assert retrieval_metrics(places, labels, (1, 2, 3, 4)) == {
@@ -134,7 +125,7 @@ def test_right_and_wrong_items_at_one_place_with_k_below_and_beyond_r():
 @pytest.mark.parametrize("width", [3, 128])
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_of_embeddings_against_naive_loops(width, seed):
-    """Half of the items are copies of others, right ones and wrong ones; so is the gallery."""
+    """Half of the items are copies of right or wrong items. So is the gallery."""
     rng = np.random.default_rng(seed)
     embeddings, labels = clustered(150, 12, width, seed)
     copies = rng.choice(150, 75, replace=False)
@@ -162,13 +153,6 @@ def test_with_a_gallery_the_own_photo_never_counts():
     assert crossed == {"map@r": 0.0, "r_precision": 0.0, "recall@1": 0.0, "recall@3": 1.0}
     same = retrieval_metrics(queries, labels, (1,), gallery=queries.clone())
     assert same == {"map@r": 1, "r_precision": 1, "recall@1": 1}
-
-
-def test_query_and_gallery_are_not_exchangeable():
-    """4's nearest in the gallery is the wrong 3.5; the other way round all find the right one."""
-    queries, gallery = torch.tensor([[0.0], [4.0], [9.0]]), torch.tensor([[5.0], [1.0], [3.5]])
-    assert retrieval_metrics(queries, [0, 0, 1], (1,), gallery)["recall@1"] == 0.5
-    assert retrieval_metrics(gallery, [0, 0, 1], (1,), queries)["recall@1"] == 1.0
 
 
 def clustered(items, classes, width, seed, dtype=torch.float32, noise=1):
@@ -239,11 +223,6 @@ def test_the_order_of_the_items_and_the_type_of_the_labels_do_not_matter():
         assert retrieval_metrics(embeddings, same, KS) == found
 
 
-def test_keys_are_as_asked_and_k_may_exceed_the_items():
-    found = retrieval_metrics(torch.tensor([[0.0], [1.0], [2.0]]), [0, 1, 0], (1, 1000))
-    assert found == {"map@r": 0, "r_precision": 0, "recall@1": 0, "recall@1000": 1}
-
-
 def test_arguments_stay_as_they_were():
     embeddings, labels = clustered(50, 5, 4, seed=0)
     gallery = embeddings.flip(0).contiguous()
@@ -253,7 +232,7 @@ def test_arguments_stay_as_they_were():
 
 
 def test_nothing_to_retrieve_is_an_error():
-    with pytest.raises(ValueError, match="no label occurs twice"):
+    with pytest.raises(ValueError):
         retrieval_metrics(torch.eye(4), torch.arange(4), (1,))
 
 
@@ -283,7 +262,7 @@ def test_embeddings_that_are_not_finite_are_an_error(where, value):
     """A network that diverged must not score, let alone become the best epoch."""
     given = {name: clustered(20, 4, 4, seed=0)[0] for name in ("embeddings", "gallery")}
     given[where][3, 1] = value
-    with pytest.raises(FloatingPointError, match="finite"):
+    with pytest.raises(FloatingPointError):
         retrieval_metrics(labels=torch.arange(20) % 4, ks=(1,), **given)
 
 

@@ -132,14 +132,6 @@ def test_forward_against_the_table(height, width):
             assert output.shape[1:] == (out, side, side)
 
 
-def test_a_saved_state_loads_strictly_and_gives_the_same_output(tmp_path):
-    network, other = loaded(), BNInception().eval()
-    torch.save(network.state_dict(), tmp_path / "state.pth")
-    other.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True), strict=True)
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(network(x), other(x))
-
-
 def test_a_file_like_the_public_checkpoint_loads(tmp_path):
     torch.save(public_state(), tmp_path / "public.pth")
     model = Embedder("bninception", str(tmp_path / "public.pth"), 64)
@@ -147,30 +139,34 @@ def test_a_file_like_the_public_checkpoint_loads(tmp_path):
         assert torch.equal(model.backbone.state_dict()[name], value)
 
 
-def serve_public_checkpoint(tmp_path, monkeypatch, digest):
-    """The checkpoint where the download looks for it, but on this disk and under the given hash."""
+def serve(tmp_path, monkeypatch, digest=None):
+    """The checkpoint where the download looks for it, but on this disk; its name has the beginning
+    of its own or another hash."""
     torch.save(public_state(), tmp_path / "draft")
     digest = digest or hashlib.sha256((tmp_path / "draft").read_bytes()).hexdigest()[:8]
-    file = tmp_path / f"bn_inception-{digest}.pth"
-    (tmp_path / "draft").rename(file)
+    file = (tmp_path / "draft").rename(tmp_path / f"bn_inception-{digest}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bgbias, "BNINCEPTION_URL", file.as_uri())
+    return file
 
 
-def test_the_download_is_taken_if_its_hash_is_right(tmp_path, monkeypatch):
-    serve_public_checkpoint(tmp_path, monkeypatch, digest=None)
+def test_a_download_with_the_right_hash_is_loaded(tmp_path, monkeypatch):
+    assert bgbias.BNINCEPTION_URL.endswith("/bn_inception-52deb4733.pth")  # the public one's hash
+    serve(tmp_path, monkeypatch)
     model = Embedder("bninception", "imagenet", 64)
     assert torch.equal(model.backbone.conv2_3x3.weight, public_state()["conv2_3x3.weight"])
 
 
-def test_the_download_is_refused_if_its_hash_is_wrong(tmp_path, monkeypatch):
-    serve_public_checkpoint(tmp_path, monkeypatch, digest="0badf00d")
-    with pytest.raises(UserError, match=r"--weights imagenet: .*hash.*--weights FILE"):
+def test_a_download_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    serve(tmp_path, monkeypatch, digest="0badf00d")
+    with pytest.raises(RuntimeError, match="0badf00d"):
         Embedder("bninception", "imagenet", 64)
 
 
-def test_the_url_holds_the_hash_that_is_checked():
-    assert bgbias.BNINCEPTION_URL.endswith("/bn_inception-52deb4733.pth")
+def test_a_failed_download_names_the_flags(tmp_path, monkeypatch):
+    serve(tmp_path, monkeypatch).unlink()
+    with pytest.raises(UserError, match="--backbone bninception: .*--weights FILE"):
+        Embedder("bninception", "imagenet", 64)
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +193,13 @@ def test_dropout_still_drops_while_training():
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_embeddings_have_unit_length(bninception):
+def test_embeddings_are_a_linear_layer_of_the_features_at_unit_length(bninception):
     for model, features in ((bninception, 1024), (Embedder("smallconv", "none", 48), 128)):
-        embeddings = model(model.normalise(255 * torch.rand(3, 3, 64, 64)))
+        x = model.normalise(255 * torch.rand(3, 3, 64, 64))
+        embeddings = model(x)
         assert embeddings.shape == (3, 128) and model.head.weight.shape == (128, features)
-        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+        expected = model.backbone(x) @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(embeddings, expected / expected.square().sum(dim=1, keepdim=True).sqrt())
 
 
 def test_the_seed_fixes_random_weights():
@@ -217,7 +215,7 @@ TORCHVISION = {
     "squeezenet1_1": (64, 512, lambda net, x: net.features(x).mean((2, 3))),
     "resnet18": (64, 512, None),
     "mobilenet_v3_small": (64, 1024, None),
-    "vit_b_16": (224, 768, None),
+    "swin_t": (64, 768, None),
     "densenet121": (64, 1024, None),
     "googlenet": (64, 1024, None),
 }
@@ -291,14 +289,6 @@ def test_normalise_by_hand(bninception):
     assert usual.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mean_colour_normalises_to_zero(bninception):
-    """So a part of the image that a condition leaves out is 0, whatever the network."""
-    usual = Embedder("smallconv", "none", 32)
-    for model, colour in ((bninception, (128, 117, 104)), (usual, (123.675, 116.28, 103.53))):
-        pixels = torch.tensor(colour)[:, None, None].expand(2, 3, 5, 5)
-        assert not model.normalise(pixels).any()
-
-
 def test_several_draws_are_normalised_like_one(bninception):
     """Backgrounds are (draws, B, 3, S, S), images (B, 3, S, S)."""
     drawn = 255 * torch.rand(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -308,29 +298,18 @@ def test_several_draws_are_normalised_like_one(bninception):
             assert torch.equal(normalised[d, b], model.normalise(drawn[d, b]))
 
 
-def test_errors_name_the_flag_and_the_file(tmp_path):
-    missing, junk, other = (tmp_path / name for name in ("missing.pth", "junk.pth", "other.pth"))
-    junk.write_text("<html>404</html>")
-    torch.save(torchvision_network("squeezenet1_1").state_dict(), other)
-    state = public_state()
-    for name, change in {"less.pth": {"conv2_3x3.weight": None},
-                         "shape.pth": {"conv2_3x3.bias": torch.zeros(7)},
-                         "more.pth": {"conv9.weight": torch.zeros(1)}}.items():
-        torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / name)
-    for backbone, weights, size, message in [
-            ("bninception", missing, 64, f"--weights {missing}: .*give a state dict of bninception"),
-            ("bninception", junk, 64, f"--weights {junk}: .*give a state dict of bninception"),
-            ("bninception", other, 64, f"--weights {other}: .*Missing key.*give a state dict of bninception"),
-            ("bninception", tmp_path / "less.pth", 64, "Missing key.*conv2_3x3.weight"),
-            ("bninception", tmp_path / "shape.pth", 64, "size mismatch for conv2_3x3.bias"),
-            ("bninception", tmp_path / "more.pth", 64, "Unexpected key.*conv9.weight"),
-            ("resnet18", other, 64, f"--weights {other}: .*give a state dict of resnet18"),
-            ("smallconv", other, 64, "give a state dict of smallconv"),
-            ("smallconv", "imagenet", 64, "--weights imagenet: smallconv has none"),
-            ("resnet19", "none", 64, "--backbone resnet19: not bninception, smallconv, in torchvision.models or REPO:NAME"),
-            ("fcn_resnet50", "none", 64, "--backbone fcn_resnet50: not bninception"),
-            ("vit_b_16", "none", 64, "--backbone vit_b_16, --image-size 64: .*Expected 224"),
-            ("squeezenet1_1", "none", 16, "--backbone squeezenet1_1, --image-size 16: ")]:
-        with pytest.raises(UserError, match=message) as error:
-            Embedder(backbone, str(weights), size)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("backbone, weights", [
+    ("resnet19", "none"), ("fcn_resnet50", "none"), ("smallconv", "imagenet")])
+def test_an_unknown_backbone_is_named(backbone, weights):
+    with pytest.raises(UserError, match=f"--backbone {backbone}: .*{weights}"):
+        Embedder(backbone, weights, 64)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("conv2_3x3.weight", None), ("conv2_3x3.bias", torch.zeros(7)), ("conv9.weight", torch.zeros(1))])
+def test_weights_that_do_not_fit_are_never_loaded_in_part(name, value, tmp_path):
+    """One tensor is missing, has another shape, or is one too many."""
+    state = public_state() | {name: value}
+    torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "w.pth")
+    with pytest.raises(RuntimeError, match=name):
+        Embedder("bninception", str(tmp_path / "w.pth"), 64)

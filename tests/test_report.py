@@ -1,94 +1,65 @@
-"""The report over hand-made result files, complete, missing and odd, against expected text."""
+"""The tables, from result files that are written by hand: means, standard deviations, which runs share
+a row or a table, and the paper's results."""
 
 import json
+import math
 import os
 import re
+import shlex
+import statistics
 import subprocess
 import sys
-from collections import defaultdict
 
+import numpy as np
 import pytest
 
 import bgbias
-from bgbias import BAR, PAPER, UserError
-from conftest import ROOT
+from conftest import ROOT, write_image
+
+TESTED = "shop: 100 test classes, 5,924 photos (data 0123abcd)"
 
 
-TESTED = "100 test classes, 5,924 photos"
+def draw(map_at_r):
+    """The metrics of one draw of backgrounds: each has another value."""
+    return {"map@r": map_at_r, "r_precision": map_at_r + 0.02, "recall@1": map_at_r + 0.05,
+            "recall@2": map_at_r + 0.06}
 
 
-def metrics(value, ks=(1, 2, 4, 8)):
-    return {"map@r": value, "r_precision": value + 0.02,
-            **{f"recall@{k}": value + 0.01 * min(k, 10) for k in ks}}
-
-
-def drawn(value, std):
-    return {"mean": metrics(value), "std": metrics(std), "draws": [metrics(value)] * 5}
-
-
-def make_run(root, name, clean, replaced, std=0.001, flags="", tested=TESTED):
-    """A finished run's files; its name is DATASET-LOSS-KIND-sSEED, DATASET may be a path."""
-    dataset, loss, kind, seed = name.rsplit("-", 3)
-    argv = ["--dataset", dataset, "--loss", loss, "--seed", seed[1:], *flags.split()]
-    args = bgbias.parse_args([*argv, *["--bgaugment"] * (kind == "bgaugment")])
-    test = {"clean": metrics(clean), "replaced": drawn(replaced, std),
-            "query": drawn(0.12346, 0.0022), "object_only": metrics(0.2),
-            "background_only": metrics(0.03)}
-    result = {"args": vars(args), "epochs": 7, "best_epoch": 3, "seconds": 9.5, "test": test,
-              "tested": tested}
-    run = root / (name if "/" not in dataset else bgbias.run_folder(args, kind).name)
+def make_run(root, flags, clean=0.2, replaced=(0.1,) * 5, *, tested=TESTED, scores=None):
+    """The files of a finished run. `scores` are the attention scores of its images."""
+    args = bgbias.parse_args(shlex.split(f"--runs {root} {flags}"))
+    values = {"clean": [clean], "replaced": replaced, "query": [0.15, 0.15, 0.15, 0.15, 0.20],
+              "object_only": [0.18], "background_only": [0.03]}
+    test = {condition: [*map(draw, draws)] for condition, draws in values.items()}
+    run = bgbias.run_folder(args)
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"args": vars(args)}))
-    (run / "result.json").write_text(json.dumps(result, indent=2))
+    (run / "result.json").write_text(json.dumps({"args": vars(args), "tested": tested, "test": test}))
+    if scores:
+        np.savez(run / "attention.npz", score=scores)
     return run
 
 
-def make_attention(run, mean, std):
-    content = {"mean": mean, "std": std, "images": 5924, "undefined": ["a.jpg"]}
-    (run / "attention.json").write_text(json.dumps(content))
+def read_tables(text):
+    """{heading: rows {column: cell}} of Markdown."""
+    tables = {}
+    for section in text.split("\n## ")[1:]:
+        heading, _, *lines = section.splitlines()
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+        columns, _, *rows = lines
+        tables[heading] = [dict(zip(columns, row, strict=True)) for row in rows]
+    return tables
 
 
-def report(root, capsys):
-    """What the report prints, and the Markdown that it writes."""
-    bgbias.main(["--report", str(root)])
-    output = capsys.readouterr()
-    assert output.err == ""
-    return output.out, (root / "report.md").read_text("utf-8")
+def rows_of(root, tested=TESTED):
+    """The rows of one table of the report: {name: {column: cell}}."""
+    rows = read_tables("\n" + bgbias.report(root))[tested]
+    assert len({row[""] for row in rows}) == len(rows)
+    return {row[""]: row for row in rows}
 
 
-def tables(text, dataset, tested=TESTED):
-    """The Markdown tables below the heading of a dataset, as lists of lines."""
-    section = f"\n{text}".split(f"\n## {dataset}: {tested}\n\n")[1].split("\n## ")[0]
-    blocks = [block.splitlines() for block in section.split("\n\n")]
-    return [lines for lines in blocks if lines[0].startswith("|")]
+# ---- The paper's results -------------------------------------------------------------------------
 
-
-def cells_of(blocks):
-    """{row's name: {heading: cell}} of tables that are parts of one; a bar keeps its blanks."""
-    found = defaultdict(dict)
-    for lines in blocks:
-        assert len(set(map(len, lines))) == 1  # they are aligned
-        headings, rule, *rows = [[cell[1:-1] for cell in line[1:-1].split("|")] for line in lines]
-        assert rule == ["-" * len(heading) for heading in headings]
-        for row in rows:
-            for heading, cell in zip(headings[1:], row[1:], strict=True):
-                heading = heading.strip()
-                if cell.strip():
-                    found[row[0].strip()][heading] = cell if heading == BAR else cell.strip()
-    return dict(found)
-
-
-def read_table(text, dataset, tested=TESTED):
-    return cells_of(tables(text, dataset, tested))
-
-
-def squeezed(text):
-    return re.sub("--+", "---", re.sub(" +", " ", text))
-
-
-# ---- The paper's ---------------------------------------------------------------------------------
-
-# Test MAP@R, with replaced backgrounds, attention score; cars196, cub200, sop.
+# MAP@R, MAP@R with replaced backgrounds, and attention score; of cars196, cub200 and sop.
 PUBLISHED = """
 arcface | 16.25 | 13.63 +- 0.08 | 0.49 +- 0.10 | 20.66 | 12.87 +- 0.16 | 0.25 +- 0.08 \
 | 40.50 | 6.98 +- 0.05 | 0.13 +- 0.14
@@ -113,470 +84,172 @@ triplet + BGAugment | 15.28 | 15.19 +- 0.05 | 0.54 +- 0.09 | 18.56 | 15.33 +- 0.
 """
 
 
-def test_papers_figures():
-    """The constants against the paper's table, typed in here again in its own order."""
-    typed = {}
-    for line in PUBLISHED.strip().splitlines():
-        name, *cells = line.split(" | ")
-        kind = "bgaugment" if name.endswith(" + BGAugment") else "base"
+def test_papers_results():
+    """Every row beside ours, against the paper's table, which is typed in here again."""
+    typed = PUBLISHED.strip().splitlines()
+    assert len(typed) == 10 and len(bgbias.PAPER) == 15
+    for line in typed:
+        name, *cells = line.replace("+-", "±").split(" | ")
+        flags = ["--loss", name.split()[0], *["--bgaugment"] * name.endswith("BGAugment")]
         for i, dataset in enumerate(("cars196", "cub200", "sop")):
-            clean, replaced, attention = cells[3 * i:3 * i + 3]
-            typed[dataset, name.split()[0], kind] = [
-                float(number) for cell in (clean, replaced, attention) for number in cell.split(" +- ")]
-    assert len(typed) == 30
-    for (dataset, loss, kind), numbers in typed.items():
-        published = PAPER[dataset][loss][kind]
-        assert [published.clean, published.replaced, published.replaced_std, published.attention,
-                published.attention_std] == numbers
-    assert sum(len(kinds) for losses in PAPER.values() for kinds in losses.values()) == 30
+            row, = bgbias.paper_row(vars(bgbias.parse_args(["--dataset", dataset, *flags])))
+            assert [row["clean"], row["replaced"], row["attention"]] == cells[3 * i:3 * i + 3]
 
 
-# ---- Tables --------------------------------------------------------------------------------------
-
-EXPECTED = """
-| | seeds | clean | paper: clean | clean - paper \
-| replaced | ± draws | paper: replaced | replaced - paper \
-| query | object only | background only | R@1 clean | R@1 replaced | paper: attention | ○ replaced ━ clean ● |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| triplet | 3 | 18.00 ± 1.00 | 18.29 | -0.29 \
-| 11.00 ± 2.00 | 0.20 | 10.94 ± 0.05 | +0.06 \
-| 12.35 ± 0.00 | 20.00 ± 0.00 | 3.00 ± 0.00 | 19.00 ± 1.00 | 12.00 ± 2.00 | 0.24 ± 0.08 | ○━━━━━━━● |
-| triplet + BGAugment * | 1 | 18.57 | 18.56 | +0.01 \
-| 15.00 | 0.10 | 15.33 ± 0.16 | -0.33 \
-| 12.35 | 20.00 | 3.00 | 19.57 | 16.00 | 0.33 ± 0.09 | ○━━━● |
-""".strip()
-
-
-def make_triplets(root):
-    make_run(root, "cub200-triplet-base-s42", 0.17, 0.09, 0.001)
-    make_run(root, "cub200-triplet-base-s43", 0.18, 0.11, 0.002)
-    make_run(root, "cub200-triplet-base-s44", 0.19, 0.13, 0.003)
-    make_run(root, "cub200-triplet-bgaugment-s42", 0.1857, 0.15, 0.001, "--lr 1e-5")
+def test_papers_row_is_below_ours(tmp_path):
+    make_run(tmp_path, "--dataset cub200 --loss triplet")
+    make_run(tmp_path, "--dataset cub200 --loss triplet --bgaugment")
+    make_run(tmp_path, "--dataset cub200 --epochs 0")  # the paper trains all of its networks
+    (tmp_path / "cub200").mkdir()  # a folder of the user's that has the name of a dataset
+    make_run(tmp_path, f"--dataset {tmp_path}/cub200 --loss arcface")
+    make_run(tmp_path, "--loss arcface --seed 1", tested="toy")
+    rows = read_tables("\n" + bgbias.report(tmp_path))
+    assert [row[""] for row in rows["toy"]] == ["arcface"]
+    names = [row[""] for row in rows[TESTED]]
+    assert sorted(names) == ["arcface", "not trained", "paper", "paper", "triplet", "triplet + BGAugment"]
+    # 100 (18.29 - 10.94) / 18.29 = 40.19 and 100 (18.56 - 15.33) / 18.56 = 17.40
+    for name, lost in (("triplet", "40.19"), ("triplet + BGAugment", "17.40")):
+        below = rows[TESTED][names.index(name) + 1]
+        assert (below[""], below["lost %"]) == ("paper", lost)
 
 
-def test_both_spreads_differences_and_marks(tmp_path, capsys):
-    make_triplets(tmp_path)
-    text, markdown = report(tmp_path, capsys)
-    assert f"\n## cub200: {TESTED}\n\n{EXPECTED}\n\n" in squeezed(markdown)
-    # The largest figure, 18.57, is at 23: 11 at 13.6 and 18 at 22.3, 15 at 18.6.
-    assert [cells[BAR] for cells in read_table(markdown, "cub200").values()] == [
-        14 * " " + "○━━━━━━━● ", 19 * " " + "○━━━●"]
-    for output in (text, markdown):
-        assert output.endswith(f"\n\n- * {tmp_path}/cub200-triplet-bgaugment-s42: --lr 1e-05\n")
-        assert "*: other settings than the paper's" in output
+# ---- Means and standard deviations ---------------------------------------------------------------
 
 
-def test_only_what_was_run_has_a_row(tmp_path, capsys):
-    make_triplets(tmp_path)
-    for output in report(tmp_path, capsys):
-        assert ("\ncub200, not run: contrastive, contrastive + BGAugment, multi_similarity, "
-                "multi_similarity + BGAugment, arcface, arcface + BGAugment, normalized_softmax, "
-                "normalized_softmax + BGAugment\n") in output
-        assert "\nnot run at all: cars196, sop\n" in output
-        assert list(read_table(output, "cub200")) == ["triplet", "triplet + BGAugment *"]
-        assert output.count("\n## ") == 1
+def test_one_seed(tmp_path):
+    """The standard deviation is that over the draws; of attention it is that over the images."""
+    make_run(tmp_path, "--loss triplet", 0.20, (0.10, 0.11, 0.12, 0.13, 0.14),
+             scores=[0.1, math.nan, 0.2, 0.6])  # nan: its score is undefined
+    assert rows_of(tmp_path)["triplet"] == {
+        "": "triplet", "seeds": "1", "clean": "20.00", "replaced": "12.00 ± 1.58", "lost %": "40.00",
+        "query": "16.00 ± 2.24", "object only": "18.00", "background only": "3.00",
+        "R@1 clean": "25.00", "R@1 replaced": "17.00 ± 1.58",
+        "attention": "0.30 ± 0.26"}
 
 
-def headings(text):
-    """The datasets that have a table."""
-    return re.findall(f"\n## (.*): {TESTED}\n", text)
+def test_three_seeds(tmp_path):
+    """The standard deviation is that over the seeds, whatever the draws of each are."""
+    make_run(tmp_path, "--seed 1", 0.17, (0.08, 0.10, 0.09, 0.09, 0.09), scores=[0.2, 0.4])
+    make_run(tmp_path, "--seed 2", 0.18, (0.01, 0.21, 0.11, 0.11, 0.11), scores=[0.4, 0.4, math.nan])
+    make_run(tmp_path, "--seed 3", 0.19, (0.13,) * 5, scores=[0.6, 0.4])
+    row = rows_of(tmp_path)["contrastive"]
+    lost = 100 * 8 / 17, 100 * 7 / 18, 100 * 6 / 19
+    assert row == {
+        "": "contrastive", "seeds": "3", "clean": "18.00 ± 1.00", "replaced": "11.00 ± 2.00",
+        "lost %": f"{statistics.mean(lost):.2f} ± {statistics.stdev(lost):.2f}",
+        "query": "16.00 ± 0.00", "object only": "18.00 ± 0.00", "background only": "3.00 ± 0.00",
+        "R@1 clean": "23.00 ± 1.00", "R@1 replaced": "16.00 ± 2.00", "attention": "0.40 ± 0.10"}
+    make_run(tmp_path, "--seed 4")  # without attention scores, so a mean would be that of three seeds
+    row = rows_of(tmp_path)["contrastive"]
+    assert row["seeds"] == "4" and "attention" not in row
 
 
-def test_everything_run_lacks_nothing(tmp_path, capsys):
-    for dataset in PAPER:
-        for loss in bgbias.LOSSES:
-            for kind in bgbias.KINDS:
-                make_run(tmp_path, f"{dataset}-{loss}-{kind}-s42", 0.2, 0.1)
-    for output in report(tmp_path, capsys):
-        assert "not run" not in output and " * " not in output and "left out" not in output
-        assert headings(output) == ["cars196", "cub200", "sop"]
-        for dataset in PAPER:
-            assert len(read_table(output, dataset)) == 10
+@pytest.mark.parametrize("clean, replaced, lost", [
+    (0.0, 0.0, "0.00"), (0.2, 0.3, "-50.00"), (0.2, 0.0, "100.00")])
+def test_lost(tmp_path, clean, replaced, lost):
+    make_run(tmp_path, "", clean, (replaced,) * 5)
+    assert rows_of(tmp_path)["contrastive"]["lost %"] == lost
 
 
-@pytest.mark.parametrize("columns", [40, 80, 120, 1000])
-def test_the_terminal_shows_what_the_markdown_has(tmp_path, capsys, monkeypatch, columns):
-    """Every cell of it, in blocks that fit."""
-    make_triplets(tmp_path)
-    make_attention(tmp_path / "cub200-triplet-bgaugment-s42", 0.4, 0.12)
-    make_run(tmp_path, "cub200-multi_similarity-bgaugment-s42", 0.2, 0.3, flags="--lr 2")
-    make_run(tmp_path, "photos-arcface-base-s42", 0.2, 0.3)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    text, markdown = report(tmp_path, capsys)
-    for dataset, first in (("cub200", "multi_similarity + BGAugment *"), ("photos", "arcface")):
-        blocks, widest = tables(text, dataset), len(first) + 4 + 24 + 3  # the bar beside the names
-        assert max(len(line) for lines in blocks for line in lines) <= max(columns, widest)
-        assert (len(blocks) == 1) == (columns == 1000) and len(tables(markdown, dataset)) == 1
-        shown = cells_of(blocks)
-        assert shown == read_table(markdown, dataset)
-        assert all("○" in cells[BAR] and "●" in cells[BAR] for cells in shown.values())
+# ---- Which runs share a row ----------------------------------------------------------------------
 
 
-def test_columns_are_aligned_and_fit():
-    rows = [{"": "first", "a": "1", "bc": "2.00", "long heading": "3"},
-            {"": "x", "a": "10", "long heading": "4.00"}]
-    whole = ("|       |  a |   bc | long heading |\n"
-             "| ----- | -- | ---- | ------------ |\n"
-             "| first |  1 | 2.00 |            3 |\n"
-             "| x     | 10 |      |         4.00 |")
-    assert bgbias.as_table(rows) == whole == bgbias.as_table(rows, room=36)
-    blocks = ("|       |  a |   bc |\n"
-              "| ----- | -- | ---- |\n"
-              "| first |  1 | 2.00 |\n"
-              "| x     | 10 |      |\n\n"
-              "|       | long heading |\n"
-              "| ----- | ------------ |\n"
-              "| first |            3 |\n"
-              "| x     |         4.00 |")
-    assert bgbias.as_table(rows, room=35) == blocks
-    assert bgbias.as_table(rows, room=21) == blocks  # too narrow for the last: it is shown all the same
-    assert len(bgbias.as_table(rows, room=20).split("\n\n")) == 3
+def test_only_runs_that_differ_in_the_seed_are_averaged(tmp_path):
+    make_run(tmp_path, "--seed 1", 0.10)
+    make_run(tmp_path, "--seed 2 --workers 2 --device cuda --nmi --data elsewhere", 0.30)
+    others = ["--epochs 1", "--lr 0.001", "--bgaugment", "--bgaugment --lr 0.001", "--select replaced",
+              "--loss triplet", "--loss triplet --image-size 64 --lr 0.001", "--epochs 0",
+              "--backbone resnet18", "--epochs 0 --backbone resnet18"]
+    for k, flags in enumerate(others):
+        make_run(tmp_path, flags, k / 100)
+    rows = rows_of(tmp_path)
+    assert (rows["contrastive"]["seeds"], rows["contrastive"]["clean"]) == ("2", "20.00 ± 14.14")
+    assert rows["contrastive, epochs 1"]["clean"] == "0.00"
+    assert rows["contrastive + BGAugment, lr 0.001"]["clean"] == "3.00"
+    assert len(rows) == 1 + len(others)
+    assert sum(row["seeds"] == "1" for row in rows.values()) == len(others)
 
 
-def test_wanted_columns_in_the_order_of_the_wish():
-    rows = [{"": "first", "a": "1"}, {"": "x", "b": "22"}]
-    assert bgbias.as_table(rows, ["", "b", "c", "a"]) == (
-        "|       |  b | a |\n| ----- | -- | - |\n| first |    | 1 |\n| x     | 22 |   |")
+def test_the_loss_of_an_untrained_run_does_not_count(tmp_path):
+    make_run(tmp_path, "--epochs 0 --loss triplet --seed 1")
+    make_run(tmp_path, "--epochs 0 --loss arcface --seed 2")
+    assert [row["seeds"] for row in rows_of(tmp_path).values()] == ["2"]
 
 
-def test_bars():
-    """0 is at the first of 24 characters, the largest figure of the table, 25, at the last."""
-    rows = [{"replaced": "10.00", "clean": "25.00"},  # at 9.2, 23
-            {"replaced": "20.00 ± 9.00", "clean": "15.00 ± 1.00"},  # at 18.4, 13.8
-            {"replaced": "11.00", "clean": "11.00"},  # at 10.1: the disc hides the ring
-            {"replaced": "0.00", "clean": "1.00"}]  # at 0, 0.9
-    bgbias.add_bars(rows)
-    assert [row[BAR] for row in rows] == [
-        "         ○━━━━━━━━━━━━━●",
-        "              ●━━━○     ",
-        "          ●             ",
-        "○●                      "]
-    rows = [{"replaced": "0.00", "clean": "0.00"}]
-    bgbias.add_bars(rows)
-    assert rows[0][BAR] == "●                       "
-
-
-def test_bars_are_in_the_printed_table(tmp_path, capsys):
-    make_run(tmp_path, "toy-contrastive-base-s42", 0.25, 0.10)
-    make_run(tmp_path, "toy-contrastive-bgaugment-s42", 0.15, 0.20)
-    text, _ = report(tmp_path, capsys)
-    assert [cells[BAR] for cells in read_table(text, "toy").values()] == [
-        "         ○━━━━━━━━━━━━━●", "              ●━━━○     "]
-
-
-def test_other_hyper_parameters_are_marked(tmp_path, capsys, monkeypatch):
-    """A run made before HPARAMS was edited is neither silently averaged nor set beside another."""
-    old = make_run(tmp_path, "toy-triplet-base-s42", 0.2, 0.1)
+def test_edited_hyper_parameters_are_another_row(tmp_path, monkeypatch):
+    make_run(tmp_path, "--loss triplet --seed 1", 0.1)
     monkeypatch.setitem(bgbias.HPARAMS["toy"], "triplet", {"margin": 0.5})
-    new = make_run(tmp_path, "toy-triplet-base-s43", 0.2, 0.1)
-    text, _ = report(tmp_path, capsys)
-    assert list(read_table(text, "toy")) == ["triplet *"]
-    assert f"- * {old}: HPARAMS {{'margin': 0.2}}" in text and str(new) not in text
+    make_run(tmp_path, "--loss triplet --seed 2", 0.2)
+    rows = rows_of(tmp_path)
+    assert {name: row["clean"] for name, row in rows.items()} == {
+        "triplet": "20.00", "triplet, margin 0.2": "10.00"}
 
 
-def test_a_loss_that_went_is_named(tmp_path, capsys, monkeypatch):
-    run = make_run(tmp_path, "toy-triplet-base-s42", 0.2, 0.1)
-    make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
-    monkeypatch.setattr(bgbias, "LOSSES", {"arcface": bgbias.arcface})
-    text, _ = report(tmp_path, capsys)
-    assert f"- {run}: its loss triplet is not in LOSSES; not a result, left out" in text
+def test_a_copy_of_a_run_is_not_another_seed(tmp_path):
+    run = make_run(tmp_path, "--seed 1", 0.1)
+    make_run(tmp_path, "--seed 2", 0.3)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/result.json").write_bytes((run / "result.json").read_bytes())
+    row = rows_of(tmp_path)["contrastive"]
+    assert (row["seeds"], row["clean"]) == ("2", "20.00 ± 14.14")
 
 
-# ---- What a run prints at its end ----------------------------------------------------------------
+# ---- Which runs share a table --------------------------------------------------------------------
 
 
-def end_of_run(root, flags, capsys):
-    """What comes before, the cells of the table, and the lines below it."""
-    bgbias.print_results(bgbias.parse_args(["--runs", str(root), *flags.split()]))
-    before, table = capsys.readouterr().out.split("\ntest MAP@R, %: ")
-    lines = table.splitlines()
-    end = [line.startswith("|") for line in lines].index(False, 1)
-    assert lines[0] == TESTED
-    return before, cells_of([lines[1:end]]), lines[end:]
-
-
-def sentence(name, lost, background="3.0"):
-    return (f"With other backgrounds {name} loses {lost} of its MAP@R; on backgrounds alone it still "
-            f"reaches {background} %.")
-
-
-def test_end_of_a_run_beside_its_sibling(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "130")
-    run = make_run(tmp_path, "cub200-triplet-base-s42", 0.25, 0.10)
-    make_run(tmp_path, "cub200-triplet-bgaugment-s42", 0.20, 0.15)
-    make_run(tmp_path, "cub200-triplet-base-s43", 0.01, 0.01)
-    before, table, lines = end_of_run(tmp_path, "--dataset cub200 --loss triplet", capsys)
-    others = {"query": "12.35", "object only": "20.00", "background only": "3.00"}
-    assert before == "" and table == {
-        "triplet": {"clean": "25.00", "replaced": "10.00", **others, BAR: "         ○━━━━━━━━━━━━━●"},
-        "triplet + BGAugment": {"clean": "20.00", "replaced": "15.00", **others,
-                                BAR: "              ○━━━●     "}}
-    assert lines == [sentence("triplet", "60 %"), sentence("triplet + BGAugment", "25 %"),
-                     f"all metrics: {run}/result.json"]
-
-
-def test_end_of_a_run_without_a_sibling(tmp_path, capsys):
-    run = make_run(tmp_path, "toy-arcface-bgaugment-s7", 0.0, 0.0)
-    before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --seed 7", capsys)
-    assert before == "" and list(table) == ["arcface + BGAugment"]
-    assert lines == [sentence("arcface + BGAugment", "nothing"),  # of nothing, no share is lost
-                     f"all metrics: {run}/result.json"]
-
-
-def test_end_of_a_run_that_loses_nothing(tmp_path, capsys):
-    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.3)
-    _, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
-    assert (table["arcface"]["clean"], table["arcface"]["replaced"]) == ("20.00", "30.00")
-    assert lines == [sentence("arcface", "nothing"), f"all metrics: {run}/result.json"]
-
-
-@pytest.mark.parametrize("flags, tested, what", [
-    ("--lr 1", TESTED, f"{TESTED}, --lr 1.0"), ("", "9 test classes, 30 photos", "9 test classes, 30 photos, "
-                                                "the defaults")])
-def test_only_comparable_siblings_are_beside_a_run(tmp_path, capsys, flags, tested, what):
-    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
-    other = make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1, flags=flags, tested=tested)
-    before, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
-    assert before == f"{other}: not comparable, {what}\n" and list(table) == ["arcface"]
-    assert lines == [sentence("arcface", "50 %"), f"all metrics: {run}/result.json"]
-
-
-def test_end_of_an_unusual_run(tmp_path, capsys):
-    """Its flags stand under the table once, also if it stands beside another like it."""
-    for kind in bgbias.KINDS:
-        run = make_run(tmp_path, f"toy-arcface-{kind}-s42", 0.2, 0.1, flags="--lr 1")
-    before, table, lines = end_of_run(tmp_path, "--loss arcface --bgaugment --lr 1", capsys)
-    assert before == "" and list(table) == ["arcface *", "arcface + BGAugment *"]
-    assert lines == ["* --lr 1.0", sentence("arcface", "50 %"), sentence("arcface + BGAugment", "50 %"),
-                     f"all metrics: {run}/result.json"]
-
-
-def test_a_damaged_sibling_is_left_out(tmp_path, capsys):
-    run = make_run(tmp_path, "toy-arcface-base-s42", 0.2, 0.1)
-    damage(make_run(tmp_path, "toy-arcface-bgaugment-s42", 0.2, 0.1), "cut")
-    before, table, lines = end_of_run(tmp_path, "--loss arcface", capsys)
-    assert before == "" and list(table) == ["arcface"] and lines[-1] == f"all metrics: {run}/result.json"
-
-
-def test_end_of_a_test_of_the_untrained_network(tmp_path, capsys):
-    make_run(tmp_path, "toy-contrastive-base-s42", 0.5, 0.4)  # has another row, of another run
-    args = ["toy-arcface-base-s42", 0.2, 0.1]
-    run = make_run(tmp_path, *args, flags="--epochs 0").rename(tmp_path / "toy-untrained-base-s42")
-    before, table, lines = end_of_run(tmp_path, "--loss arcface --epochs 0", capsys)
-    assert before == "" and list(table) == ["the network as it is *"]
-    assert lines == ["* --epochs 0", sentence("the network as it is", "50 %"), f"all metrics: {run}/result.json"]
-    assert list(read_table(report(tmp_path, capsys)[1], "toy")) == ["contrastive", "the network as it is *"]
-
-
-# ---- What a table has, by dataset ----------------------------------------------------------------
-
-
-def test_sop_has_its_own_k(tmp_path, capsys):
-    run = make_run(tmp_path, "sop-triplet-base-s42", 0.3, 0.05)
-    result = json.loads((run / "result.json").read_text())
-    result["test"]["clean"] = metrics(0.3, (1, 10, 100, 1000))
-    (run / "result.json").write_text(json.dumps(result))
-    row = read_table(report(tmp_path, capsys)[1], "sop")["triplet"]
-    assert (row["R@1 clean"], row["clean - paper"]) == ("31.00", "-6.71")
-
-
-def test_toy_and_own_folders_have_no_paper(tmp_path, capsys):
-    make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
-    make_run(tmp_path, "photos-triplet-base-s42", 0.5, 0.3)
-    text, markdown = report(tmp_path, capsys)
-    assert headings(markdown) == ["photos", "toy"]
-    for dataset, clean in (("toy", "40.00"), ("photos", "50.00")):
-        row = read_table(markdown, dataset)["triplet"]
-        assert row["clean"] == clean and not any("paper" in heading for heading in row)
-    assert " * " not in text  # toy's own defaults are no other settings
-    assert "\nnot run at all: cars196, cub200, sop\n" in text
-
-
-def test_a_folder_of_the_same_name_has_a_table_of_its_own(tmp_path, capsys):
-    make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
-    make_run(tmp_path, "./cub200-triplet-base-s42", 0.5, 0.4)
-    make_run(tmp_path, "/elsewhere/sop-triplet-base-s42", 0.6, 0.4)
-    _, markdown = report(tmp_path, capsys)
-    assert sorted(headings(markdown)) == ["cub200", "cub200-folder", "sop-folder"]
-    papers, own = (read_table(markdown, name)["triplet"] for name in ("cub200", "cub200-folder"))
-    assert (papers["clean"], papers["seeds"], papers["paper: clean"]) == ("20.00", "1", "18.29")
-    assert (own["clean"], own["seeds"]) == ("50.00", "1") and "paper: clean" not in own
-
-
-def test_runs_over_other_photos_have_a_table_of_their_own(tmp_path, capsys):
-    """As a folder of which all classes are tested if nothing is trained, or to which photos came."""
-    few, all_of_it = "11 test classes, 44 photos", "22 test classes, 88 photos"
-    make_run(tmp_path, "photos-triplet-base-s1", 0.2, 0.1, tested=few)
-    make_run(tmp_path, "photos-triplet-base-s2", 0.3, 0.1, tested=few)
-    make_run(tmp_path, "photos-triplet-base-s3", 0.7, 0.6, tested=all_of_it)
-    make_run(tmp_path, "photos-triplet-bgaugment-s3", 0.7, 0.6, tested=all_of_it)
-    for output in report(tmp_path, capsys):
-        assert re.findall("\n## (.*)\n", output) == [f"photos: {few}", f"photos: {all_of_it}"]
-        one, other = (read_table(output, "photos", tested) for tested in (few, all_of_it))
-        assert one["triplet"]["clean"] == "25.00 ± 7.07" and one.keys() == {"triplet"}
-        assert other["triplet"]["clean"] == "70.00"
-        assert other.keys() == {"triplet", "triplet + BGAugment"}
-
-
-def test_attention(tmp_path, capsys):
-    make_attention(make_run(tmp_path, "cub200-triplet-base-s1", 0.2, 0.1), 0.3, 0.08)
-    make_attention(make_run(tmp_path, "cub200-triplet-base-s2", 0.2, 0.1), 0.4, 0.12)
-    make_run(tmp_path, "cub200-triplet-base-s3", 0.2, 0.1)  # its attention was not measured
-    make_run(tmp_path, "cub200-arcface-base-s1", 0.2, 0.1)
-    for loss, text in (("contrastive", "half a fi"), ("multi_similarity", "[" * 10_000)):
-        run = make_run(tmp_path, f"cub200-{loss}-base-s1", 0.2, 0.1)
-        (run / "attention.json").write_text(text)  # its other figures are there all the same
-    _, markdown = report(tmp_path, capsys)
-    table = read_table(markdown, "cub200")
-    assert list(table) == ["contrastive", "triplet", "multi_similarity", "arcface"]
-    names = ("seeds", "attention", "± images", "paper: attention", "attention - paper")
-    assert [table["triplet"].get(name) for name in names] == [
-        "3", "0.35 ± 0.07", "0.10", "0.24 ± 0.08", "+0.11"]
-    for loss, paper in (("contrastive", 0.25), ("multi_similarity", 0.26), ("arcface", 0.25)):
-        cells = [table[loss].get(name) for name in names]
-        assert cells == ["1", None, None, f"{paper} ± 0.08", None]
-    assert "left out" not in markdown
-
-
-def test_undefined_attention_is_no_figure(tmp_path, capsys):
-    make_attention(make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3), float("nan"), float("nan"))
-    row = read_table(report(tmp_path, capsys)[1], "toy")["triplet"]
-    assert row["clean"] == "40.00" and "attention" not in row and "± images" not in row
-
-
-def test_weights_fetched_by_hand_are_the_papers(tmp_path, capsys):
-    flags = "--weights elsewhere/bn_inception-52deb4733.pth"
-    make_run(tmp_path, "cub200-triplet-base-s42", 0.4, 0.3, flags=flags)
-    assert list(read_table(report(tmp_path, capsys)[0], "cub200")) == ["triplet"]
-
-
-def test_one_unusual_seed_marks_the_row(tmp_path, capsys):
-    make_run(tmp_path, "cub200-triplet-base-s1", 0.4, 0.3)
-    run = make_run(tmp_path, "cub200-triplet-base-s2", 0.4, 0.3, flags="--epochs 9 --select replaced")
-    text, markdown = report(tmp_path, capsys)
-    assert read_table(markdown, "cub200")["triplet *"]["seeds"] == "2"
-    assert text.endswith(f"\n\n- * {run}: --epochs 9 --select replaced\n")
-
-
-def test_older_results_without_a_condition(tmp_path, capsys):
-    run = make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1)
-    make_run(tmp_path, "cub200-arcface-bgaugment-s42", 0.3, 0.1)
-    result = json.loads((run / "result.json").read_text())
-    del result["test"]["query"]
-    (run / "result.json").write_text(json.dumps(result))
-    table = read_table(report(tmp_path, capsys)[1], "cub200")
-    assert "query" not in table["arcface"] and table["arcface"]["object only"] == "20.00"
-    assert table["arcface + BGAugment"]["query"] == "12.35"
-
-
-# ---- Odd files -----------------------------------------------------------------------------------
-
-
-def damage(run, kind):
-    result = json.loads((run / "result.json").read_text())
-    if kind == "no args":
-        del result["args"]
-    elif kind == "no unusual":
-        del result["args"]["unusual"]
-    elif kind == "no scores":
-        result["test"] = {}
-    elif kind == "text":
-        result["test"]["clean"]["map@r"] = "high"
-    elif kind == "no count":
-        del result["tested"]
-    elif kind == "a spread of text":
-        result["test"]["replaced"]["std"]["map@r"] = "high"
-    elif kind == "renamed":
-        run = run.rename(run.with_name("cub200-arcface-base-s7"))
-    elif kind == "unknown loss":
-        result["args"]["loss"] = "magic"
-    text = json.dumps([] if kind == "a list" else result)
-    (run / "result.json").write_text(text[:-9] if kind == "cut" else text)
-    if kind in ("empty", "binary"):
-        (run / "result.json").write_bytes(b"\xff\x00" * (kind == "binary"))
-    if kind == "deep":
-        (run / "result.json").write_text("[" * 10_000 + "]" * 10_000)
-    return run
-
-
-@pytest.mark.parametrize("kind", ["cut", "empty", "binary", "a list", "no args", "no unusual", "no scores",
-                                  "text", "renamed", "unknown loss", "no count",
-                                  "a spread of text", "deep"])
-def test_odd_files_are_named_and_left_out(tmp_path, capsys, kind):
-    make_run(tmp_path, "cub200-arcface-bgaugment-s42", 0.2, 0.1)
-    odd = damage(make_run(tmp_path, "cub200-arcface-base-s42", 0.3, 0.1), kind)
-    text, markdown = report(tmp_path, capsys)
-    table = read_table(markdown, "cub200")
-    assert list(table) == ["arcface + BGAugment"]
-    assert table["arcface + BGAugment"]["clean"] == "20.00"
-    for output in (text, markdown):
-        assert "cub200, not run: contrastive, " in output and ", arcface, normalized_softmax" in output
-        assert output.splitlines()[-1].startswith(f"- {odd}: ")
-        assert output.endswith("; not a result, left out\n")
-
-
-def test_unfinished_runs_are_named(tmp_path, capsys):
-    make_run(tmp_path, "cub200-arcface-base-s42", 0.2, 0.1)
-    for name, rows in (("cub200-triplet-base-s42", '{"epoch": 1}\n{"epoch": 2}\n'),
-                       ("cub200-contrastive-base-s42", None)):
-        run = make_run(tmp_path, name, 0.2, 0.1)
-        (run / "result.json").unlink()
-        if rows:
-            (run / "log.jsonl").write_text(rows)
-    (tmp_path / "logs").mkdir()  # no run at all
-    text, _ = report(tmp_path, capsys)
-    assert text.endswith(f"\n\n- {tmp_path}/cub200-contrastive-base-s42: not finished\n"
-                         f"- {tmp_path}/cub200-triplet-base-s42: not finished\n")
-
-
-@pytest.mark.parametrize("names, reason", [([], "train one"), (["cub200-triplet-base-s42"], "not finished")])
-def test_nothing_to_report(tmp_path, names, reason):
-    for name in names:
-        (make_run(tmp_path, name, 0.2, 0.1) / "result.json").unlink()
-    with pytest.raises(UserError, match=f"--report {tmp_path}: no finished run; .*{reason}"):
-        bgbias.report(tmp_path)
-    assert not (tmp_path / "report.md").exists()
-
-
-def test_a_report_that_cannot_be_written(tmp_path):
-    make_run(tmp_path, "cub200-triplet-base-s42", 0.2, 0.1)
-    (tmp_path / "report.md").mkdir()
-    with pytest.raises(UserError, match="report.md: could not be written: .*; make room or choose"):
-        bgbias.report(tmp_path)
+@pytest.mark.parametrize("changed", [
+    "images/c3/p1.jpg", "masks/c3/p1.png", "images/c3/new.jpg masks/c3/new.png",
+    "backgrounds/test/b2.jpg", "backgrounds/test/new.jpg"])
+def test_other_photos_or_backgrounds_are_another_table(shop, capsys, changed):
+    """A finished run prints the table of its own data only. --report has them all."""
+    make_run(shop / "runs", "--seed 1", tested="toy")
+    flags = shlex.split(f"--dataset {shop}/shop --runs {shop}/runs --backbone smallconv --weights none "
+                        "--image-size 16 --epochs 0 --device cpu")
+    rng, printed = np.random.default_rng(1), []
+    for seed, seeds in ((1, "1"), (2, "2"), (3, "1")):
+        if seed == 3:
+            for name in changed.split():
+                write_image(shop / "shop" / name, rng, mode="L" if "masks" in name else "RGB")
+        bgbias.main([*flags, "--seed", str(seed)])
+        (heading, (row,)), = read_tables(capsys.readouterr().out).items()
+        assert row["seeds"] == seeds
+        printed.append(heading)
+    run, = shop.glob("runs/shop-untrained-base-s3-*")
+    replaced = json.loads((run / "result.json").read_text())["test"]["replaced"]
+    values = [100 * metrics["map@r"] for metrics in replaced]
+    assert row["replaced"] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    assert printed[0] == printed[1] != printed[2]
+    bgbias.main(["--report", str(shop / "runs")])
+    tables = read_tables(capsys.readouterr().out)
+    assert {heading: [row["seeds"] for row in rows] for heading, rows in tables.items()} == {
+        "toy": ["1"], printed[0]: ["2"], printed[2]: ["1"]}
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def test_command_line_on_a_terminal_without_utf8(tmp_path):
-    """It shows ? for what it has not; the report is UTF-8 whatever the locale."""
-    make_triplets(tmp_path)
+def test_columns_are_aligned():
+    rows = [{"": "first", "a": "1 ± 2", "long heading": "3"}, {"": "x", "a": "10", "b": "4.00"}]
+    assert bgbias.as_table(rows) == ("|       | a     | long heading | b    |\n"
+                                     "| ----- | ----- | ------------ | ---- |\n"
+                                     "| first | 1 ± 2 | 3            |      |\n"
+                                     "| x     | 10    |              | 4.00 |")
+
+
+def test_report_is_printed_and_written(tmp_path):
+    """Also where the terminal has no ±. report.md is UTF-8, whatever the locale."""
+    make_run(tmp_path, "--dataset cub200 --seed 1", 0.1)
+    make_run(tmp_path, "--dataset cub200 --seed 2", 0.3)
     ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    shown = subprocess.run([sys.executable, ROOT / "bgbias.py", "--report", tmp_path], capture_output=True,
-                           env={**os.environ, **ascii_only, "COLUMNS": "80"})
-    assert (shown.returncode, shown.stderr) == (0, b"")
-    text = shown.stdout.decode("ascii")
-    assert "18.00 ? 1.00" in text and "? replaced ? clean ?" in text
-    assert EXPECTED in squeezed((tmp_path / "report.md").read_text("utf-8"))
+    shown = subprocess.run([sys.executable, ROOT / "bgbias.py", "--report", tmp_path], check=True,
+                           capture_output=True, env={**os.environ, **ascii_only})
+    written = (tmp_path / "report.md").read_text("utf-8")
+    assert shown.stderr == b"" and re.search(r"\| contrastive +\| 2 +\| 20.00 ± 14.14 +\|", written)
+    assert shown.stdout.decode("ascii").strip() == written.strip().replace("±", r"\xb1")
+    assert list(read_tables(written)) == [TESTED]
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-5", "1e300"])
-@pytest.mark.parametrize("where", ['"clean": {', '"std": {'])
-def test_impossible_figures_are_left_out(tmp_path, capsys, value, where):
-    make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
-    odd = make_run(tmp_path, "toy-triplet-base-s43", 0.4, 0.3) / "result.json"
-    pattern = rf'({re.escape(where)}\s*"map@r": )[\d.]+'
-    odd.write_text(re.sub(pattern, rf"\g<1>{value}", odd.read_text(), count=1))
-    text, _ = report(tmp_path, capsys)
-    figure = "its clean is " if "clean" in where else "its replaced is "
-    assert f"{odd.parent}: {figure}" in text and text.endswith("; not a result, left out\n")
-    assert read_table(text, "toy")["triplet"]["seeds"] == "1"
-
-
-def test_a_folder_in_the_place_of_a_result_is_left_out(tmp_path, capsys):
-    make_run(tmp_path, "toy-triplet-base-s42", 0.4, 0.3)
-    result = make_run(tmp_path, "toy-triplet-base-s44", 0.4, 0.3) / "result.json"
-    result.unlink()
-    result.mkdir()
-    text, _ = report(tmp_path, capsys)
-    assert f"{result.parent}: [Errno 21] Is a directory" in text and "not a result, left out" in text
+def test_nothing_to_report(tmp_path, failure):
+    (make_run(tmp_path, "") / "result.json").unlink()  # an unfinished run
+    assert f"--report {tmp_path}" in failure(["--report", tmp_path])
+    assert not (tmp_path / "report.md").exists()

@@ -43,7 +43,7 @@ def calls(place):
     python.write_text('#!/bin/sh\ncase "$*" in *"${BROKEN-nothing}"*) echo "cannot $*"; exit 3 ;; esac\n'
                       'echo "$*" >>calls\nbusy=gpu-$CUDA_VISIBLE_DEVICES\nmkdir $busy && sleep 0.05 && rmdir $busy\n')
     python.chmod(0o755)
-    return lambda: (place / "calls").read_text().splitlines()
+    return lambda: [call for call in (place / "calls").read_text().splitlines() if not call.startswith("-c")]
 
 
 def start(place, *words, **variables):
@@ -131,7 +131,7 @@ def test_attention_finds_every_run_of_a_folder_once(place, calls, monkeypatch, w
     for seed, flags in itertools.product((42, 421), ("", "--lr 0.5", "--bgaugment --lr 0.5")):
         args = bgbias.parse_args(f"--dataset {word} --loss triplet --seed {seed} {flags}".split())
         runs.append(bgbias.run_folder(args))
-        bgbias.write_json(runs[-1] / "result.json", {})
+        bgbias.write_text(runs[-1] / "result.json", "{}")
     assert run_all(place, "attention", word, LOSSES="triplet", SEEDS="4 42 421")[0] == 0
     scored = [[Path(name) for name in call.split()[1:] if Path(name).is_dir()] for call in calls()]
     assert all(scored) and sorted(sum(scored, [])) == sorted(runs)
@@ -195,7 +195,7 @@ def any_process(place):
 def stop(process, place, name):
     """Sends SIGTERM, or SIGINT as Ctrl-C does. Soon no process may be left."""
     assert any_process(place)
-    send, code = {"SIGTERM": (os.kill, 143), "SIGINT": (os.killpg, 130)}[name]
+    send, code = {"SIGTERM": (os.kill, 130), "SIGINT": (os.killpg, 130)}[name]
     send(process.pid, getattr(signal, name))
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (code, "")
@@ -205,7 +205,8 @@ def stop(process, place, name):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_stopped(place, calls, name):
     """Each job has a child, which would live for ten minutes."""
-    (place / "bin/python").write_text('#!/bin/sh\nsleep 600 &\ntouch "job-$CUDA_VISIBLE_DEVICES"\nwait\n')
+    (place / "bin/python").write_text('#!/bin/sh\ncase "$*" in "-c"*) exit ;; esac\n'
+                                      'sleep 600 &\ntouch "job-$CUDA_VISIBLE_DEVICES"\nwait\n')
     process = start(place, "train", "toy", GPUS="0 1")
     wait_for(lambda: len([*place.glob("job-*")]) == 2)
     stop(process, place, name)
