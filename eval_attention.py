@@ -306,7 +306,7 @@ def heated(photo, attention):
 
 def nearest(run, rows):
     """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos nearest to the photos
-    `rows`, clean and with a new background (the conditions clean and query, draw 0, of the test)."""
+    `rows`, clean and with a new background: the conditions clean and query (draw 0) of the test."""
     batches = photos_of(run, range(len(run.split.images)), draws=1)
     embeddings = bgbias.embed(network_of(run), loader(batches, run.args))
     center = embeddings["clean"][0].mean(dim=0)  # saves precision, as in retrieval_metrics()

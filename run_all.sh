@@ -69,7 +69,7 @@ stop() {  # ends the jobs and their processes, then this script
 fetch() {  # fetch WHAT: downloads it, unless it exists
     case $1 in
         cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "cars196 has no download; put it into $DATA (README, Reproduce the paper)" ;;
+            die "cars196 has no download; put it into $DATA/cars196 as README says" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
         sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
