@@ -1148,7 +1148,9 @@ def paper_row(args):
 def as_table(rows):
     """Rows {column: text} as an aligned Markdown table."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    lines = [columns]
+    for row in rows:
+        lines.append([row.get(column, "") for column in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
