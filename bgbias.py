@@ -10,8 +10,7 @@ Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:221
 
 The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
 folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
-default. It holds config.json, log.jsonl, last.pt, best.pt and, written last, result.json. The same
-command resumes an interrupted run after its last complete epoch.
+default. Its result.json is written last. The same command resumes an interrupted run.
 
 The sections, and those of the paper: 1 constants (4), 2 data (4.1), 3 batches, background
 replacement and BGAugment (3 and 5), 4 sampler (4), 5 network (4), 6 losses (4.2), 7 metrics (4.3),
@@ -42,7 +41,7 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -92,6 +91,10 @@ CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResize
 DRAWS = 5  # draws of random backgrounds in the test; a validation draws once
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
 EVAL_BATCH = 32  # photos; no result depends on it
+THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
+# A mask is suspicious with less or more foreground than this, or with more grey (10 to 90 %).
+EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15
+MASK_SAMPLE = 200
 LEAVE_FREE = 0.1  # fraction of the memory that decoded photos leave free
 WORKER_TIMEOUT = 120  # seconds; without it, a full /dev/shm would make us wait forever
 
@@ -114,8 +117,8 @@ class UserError(Exception):
 # ---- 2. Data -------------------------------------------------------------------------------------
 
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
-
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN}  # all that the installed Pillow reads
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
 PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
@@ -133,8 +136,8 @@ def dataset_root(dataset, data):
         raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
                         "folder deeper; put it there (README, Reproduce the paper)")
     if not Path(dataset, "images").is_dir():
-        raise UserError(f"--dataset {dataset}: not a folder that contains images/<class>/; give "
-                        f"such a folder, or {', '.join(SPLITS)}")
+        raise UserError(f"--dataset {dataset}: it has no folder images/; give its parent folder, "
+                        f"or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
@@ -166,16 +169,33 @@ def list_sop(root):
 
 
 def list_folder(root):
-    """[(path, label)] of root/images/<class>/<photo>, classes and photos sorted by name."""
-    folders = sorted(folder for folder in (root / "images").glob("[!.]*") if folder.is_dir())
-    classes = [photos for photos in map(list_photos, folders) if photos]
-    return [(photo, label) for label, photos in enumerate(classes) for photo in photos]
+    """[(path, label)] of root/images/<class>/<photo>, classes and photos sorted by name. Prints
+    what it leaves out."""
+    listed, left_out, label = [], Counter(), 0
+    for folder in visible(root / "images"):
+        paths = visible(folder) if folder.is_dir() else [folder]
+        photos = {path: label for path in paths if folder.is_dir() and is_photo(path)}
+        listed += photos.items()
+        label += bool(photos)
+        left_out.update("folders inside classes" if path.is_dir() else path.suffix.lower()
+                        for path in paths if path not in photos)
+    if left_out:
+        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
+              + "; convert .heic to .jpg" * (".heic" in left_out))
+    return listed
+
+
+def visible(folder):
+    """The sorted paths in a folder, except hidden files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def is_photo(path):
+    return path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
 
 
 def list_photos(folder):
-    """Sorted paths of the photos in a folder. Hidden files are skipped."""
-    return sorted(path for path in folder.glob("[!.]*")
-                  if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    return [path for path in visible(folder) if is_photo(path)] if folder.is_dir() else []
 
 
 def mask_path(root, image):
@@ -225,41 +245,77 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     return splits
 
 
-def open_image(path):
-    """The decoded PIL image of a file, as it is stored. Raises UserError."""
+def open_image(path, read=ImageOps.exif_transpose):
+    """read(image) of the PIL image in a file; by default, the decoded image, upright. Raises
+    UserError."""
+    # DIFF: images are turned upright as their EXIF tag says.
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with Image.open(path) as image:
+            return read(image)
     except Exception as error:  # Pillow raises nearly anything
         raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name") from error
+                        "the same name, and the same command resumes") from error
+
+
+def upright_size(image):
+    """(width, height), from the header alone."""
+    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # orientation
 
 
 def open_rgb(path):
-    """The photo as an 8-bit RGB PIL image. EXIF rotation is ignored. Raises UserError."""
+    """The photo as an upright 8-bit RGB PIL image. Transparency becomes white. Raises UserError."""
     image = open_image(path)
     if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of dividing them
         image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def open_mask(path):
-    """The mask as an 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files are
-    accepted too. Raises UserError for colours, transparency, and the values 0 and 1."""
+    """The mask as an upright 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files
+    are accepted too. Raises UserError for colours, transparency, and masks without a value from 128
+    on, except black ones."""
     mask = open_image(path)
     channels = mask.split()
     if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
         mask = channels[0]
-    if mask.mode not in ("1", "L") or mask.convert("L").getextrema()[1] == 1:
+    if mask.mode not in ("1", "L") or 0 < mask.convert("L").getextrema()[1] < THRESHOLD:
         raise UserError(f"{path}: not a mask (mode {mask.mode}, largest value "
                         f"{mask.getextrema()[-1]}); save it as 8-bit greyscale, 255 = foreground")
     return mask.convert("L")
 
 
+def mask_faults(mask):
+    """Whether a mask is nearly empty, nearly full, fuzzy; and its share of foreground."""
+    pixels = np.asarray(mask)
+    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
+    return share < EMPTY, share > FULL, grey > FUZZY, share
+
+
+def check_masks(splits):
+    """Compares the sizes of all photos and masks, and prints how a sample of the masks looks.
+    Raises UserError if sizes differ, or most masks are nearly empty or nearly full."""
+    files = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
+    with ThreadPoolExecutor() as threads:
+        sizes = threads.map(lambda path: open_image(path, upright_size), itertools.chain(*files))
+        for (_, mask), size, mask_size in zip(files, sizes, sizes):
+            if size != mask_size:
+                raise UserError(f"{mask}: its size is {mask_size}, the photo's is {size}; delete "
+                                "the mask and run masks.py")
+    sample = np.random.default_rng(0).permutation(len(files))[:MASK_SAMPLE]
+    faults = np.array([mask_faults(open_mask(files[i][1])) for i in sample])
+    empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
+    print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
+          f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
+    if 2 * (empty + full) > len(sample):
+        raise UserError("masks: most are nearly empty or full; replace them (masks.py --verify)")
+
+
 def list_backgrounds(args, name):
     """Sorted paths of the pool val or test in --backgrounds. Raises UserError."""
-    # DIFF: backgrounds are sorted by name; in file-system order a seed would not fix the draws.
+    # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
     of_paper = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
     if not pool or (of_paper and len(pool) != POOL_SIZE):
@@ -269,9 +325,9 @@ def list_backgrounds(args, name):
     return pool
 
 
-# The toy set. Each class is one product (a random pattern) that one seller photographs, nearly
-# always in front of the same backdrop. So the backdrop predicts the class: the bias we want to see.
-# The layout is that of a user's own folder, so the rest of the code treats it like one.
+# The toy set, laid out like a user's own folder. Each class is one product (a random pattern) that
+# one seller photographs, nearly always in front of the same backdrop. So the backdrop predicts the
+# class: the bias we want to see.
 
 
 def toy_texture(seed, size):
@@ -354,9 +410,8 @@ def write_text(path, text):
 
 class Photos(torch.utils.data.Dataset):
     """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), resized for crops of
-    `size` px. In one tensor, both get the same crops and flips. Without `masks`:
-    (3, H, W). With `keep`, photos are decoded now and stay in memory, as many as fit. The rest are
-    decoded on every access."""
+    `size` px. So both get the same crops and flips. Without `masks`: (3, H, W). With `keep`, photos
+    are decoded now and stay in memory, as many as fit. The rest are decoded on every access."""
 
     def __init__(self, images, masks, size, *, keep=True):
         self.images, self.masks = images, masks
@@ -364,7 +419,7 @@ class Photos(torch.utils.data.Dataset):
         self.kept = []
         if not keep:
             return
-        # DIFF: photos are resized once per run; the authors resize them on every access.
+        # DIFF: photos are resized once per run, not on every access.
         with ThreadPoolExecutor() as threads:
             decoded = threads.map(self.decode, range(len(self)))
             for photo in tqdm(decoded, "decoding", len(self), leave=False, disable=None):
@@ -385,9 +440,6 @@ class Photos(torch.utils.data.Dataset):
         planes = [open_rgb(self.images[i])]
         if self.masks is not None:
             planes.append(open_mask(self.masks[i]))
-            if planes[0].size != planes[1].size:
-                raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
-                                f"{planes[0].size}; delete it and run masks.py")
         return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
 
 
@@ -417,11 +469,10 @@ def seed_of(*numbers):
 class Batches(torch.utils.data.Dataset):
     """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
-    With a sampler, for training: item n is the n-th batch of the training, and its photos are
-    cropped at random. Without a sampler, for evaluation: an item holds EVAL_BATCH photos in order,
-    cropped at the centre. It takes items_per_pass items to see all photos; epoch e has the items
-    from e * items_per_pass on. Backgrounds are drawn with replacement from `pool` and always take
-    the training transform (Section 4).
+    With a sampler, item n is the n-th batch of the training, and its photos are cropped at random.
+    Without one, for evaluation, items_per_pass items hold all photos in order, cropped at the
+    centre; then the next epoch begins. Backgrounds are drawn with replacement and always take the
+    training transform (Section 4).
     """
 
     def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
@@ -530,7 +581,7 @@ class MPerClassSampler:
 
 def images_per_class(loss, batch_size, classes):
     """The m of a batch: that of IMAGES_PER_CLASS or, with few classes, more. Raises UserError."""
-    # DIFF: with too few classes for a batch, m grows to a divisor of the batch size that fits.
+    # DIFF: with too few classes for a batch, it holds more images of each.
     # A batch of one class has no negatives, so we take at least two classes if the data has two.
     least = IMAGES_PER_CLASS[loss]
     for m in range(least, batch_size // min(2, classes) + 1):
@@ -558,10 +609,9 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 
 
 def conv(width, out, kernel, stride=1):
-    """A padded convolution with Kaiming initialisation. BatchNorm is frozen, so nothing else keeps
-    the activations of an untrained network in range."""
+    """A padded convolution."""
     layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
-    nn.init.kaiming_normal_(layer.weight)
+    nn.init.kaiming_normal_(layer.weight)  # BatchNorm is frozen and would not scale activations
     return layer
 
 
@@ -585,11 +635,6 @@ class BNInception(nn.Module):
             self.add(f"{name}_double_3x3_2", double[1], double[1], 3, stride)
             if projection:
                 self.add(f"{name}_pool_proj", width, projection, 1)
-
-    def load_state_dict(self, state_dict, **options):
-        """The public checkpoint also has an ImageNet classifier, which we skip."""
-        own = {k: v for k, v in state_dict.items() if not k.startswith("last_linear.")}
-        return super().load_state_dict(own, **options)
 
     def add(self, name, width, out, kernel, stride=1):
         self.add_module(name, conv(width, out, kernel, stride))
@@ -642,6 +687,7 @@ def build_backbone(name, weights):
         on_github = repo.count("/") == 1 and not repo.startswith(".") and not Path(repo).is_dir()
         network = torch.hub.load(repo, entry, source="github" if on_github else "local",
                                  trust_repo=True)
+        network = network if isinstance(network, nn.Module) else Function(network)
         for module in network.modules():
             if weights == "none" and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -651,14 +697,29 @@ def build_backbone(name, weights):
     else:
         raise UserError(f"--backbone {name}: unknown, or without weights {weights}; give a "
                         "classifier of torchvision, bninception, smallconv or REPO:NAME")
+    state = {}
     if weights not in ("imagenet", "none"):
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     elif (name, weights) == ("bninception", "imagenet"):
-        url = BNINCEPTION_URL
-        network.load_state_dict(torch.hub.load_state_dict_from_url(url, check_hash=True))
+        state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
+    if state:  # the public BN-Inception also has an ImageNet classifier, which we skip
+        skipped = ("last_linear.weight", "last_linear.bias") if name == "bninception" else ()
+        network.load_state_dict({k: v for k, v in state.items() if k not in skipped})
     if name in torchvision.models.list_models(module=torchvision.models):
         remove_classifier(network)
     return network
+
+
+class Function(nn.Module):
+    """A function (B, 3, S, S) float32 on the CPU -> (B, features), tensor or array, as a network
+    without parameters and gradients. The function may have the attributes `mean` and `std`."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return torch.as_tensor(self.function(x.detach().cpu().contiguous()), device=x.device)
 
 
 def remove_classifier(network):
@@ -672,8 +733,8 @@ def remove_classifier(network):
 
 
 def own_scaling(network, name, default):
-    """The attribute `mean` or `std` of a hub network, if it has one, otherwise the default. The
-    attribute is three numbers for RGB in [0, 1], and we scale it to [0, 255]. Raises UserError."""
+    """The attribute `mean` or `std` of a hub network, which is for RGB in [0, 1], scaled to
+    [0, 255]; the default if it has none. Raises UserError."""
     if not hasattr(network, name):
         return default
     values = torch.as_tensor(getattr(network, name)).detach().float().flatten().tolist()
@@ -696,8 +757,8 @@ class Embedder(nn.Module):
                             "give --weights FILE, or none for random weights") from error
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
         if ":" in backbone:
-            mean = own_scaling(self.backbone, "mean", mean)
-            std = own_scaling(self.backbone, "std", std)
+            network = getattr(self.backbone, "function", self.backbone)
+            mean, std = own_scaling(network, "mean", mean), own_scaling(network, "std", std)
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -707,8 +768,9 @@ class Embedder(nn.Module):
             raise UserError(f"--backbone {backbone}: 2 images give "
                             f"{getattr(output, 'shape', type(output))}; return one tensor (images, "
                             "features)")
-        self.width = embedding or output.shape[1]
-        self.head = nn.Linear(output.shape[1], embedding) if embedding else nn.Identity()
+        self.features = output.shape[1]
+        self.width = embedding or self.features
+        self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
 
     def normalise(self, images):
@@ -870,16 +932,16 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """MAP@R, R-precision, Recall@K, K in `ks`: {"map@r", "r_precision", "recall@1", ...}, 0 to 1.
 
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
-    `gallery` (N, D), other embeddings of the same items, it queries those; its own is left out. R
-    is the number of other items with the query's label; queries with R = 0 are left out. Raises
-    ValueError if no query remains, FloatingPointError on nan or inf. Section 4.3.
+    `gallery` (N, D), other embeddings of the same items, it queries those except its own. R is the
+    number of other items with the query's label; queries with R = 0 are left out. Raises ValueError
+    if no query remains, FloatingPointError on nan or inf. Memory is linear in N. Section 4.3.
 
     All three follow from one quantity, the rank of the i-th nearest right item: i plus the number
     of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i / rank_i / R,
-    R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]. Memory is linear in N.
+    R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
     """
-    # DIFF: a query's own item is always removed; older releases of their library drop a first hit.
-    # DIFF: at equal distance, wrong items come first; in the authors' library the order decides.
+    # DIFF: a query's own item is always removed, and never another first hit.
+    # DIFF: at equal distance, wrong items come first.
     # So an embedding that maps everything to one point scores 0, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
@@ -951,9 +1013,9 @@ def embed(network, batches, *, extra=False):
 
 
 def run_test(network, split, args):
-    """The paper's test protocol (Section 4.3) and three more conditions: {condition: [metrics of
-    each draw]}. In `replaced`, all backgrounds are new. In `query`, only the query's background is
-    new. In `object_only` and `background_only`, the other part is painted over."""
+    """The paper's test protocol (Section 4.3) and more conditions: {condition: [metrics of each
+    draw]}. In `replaced`, all backgrounds are new; in `query`, only the query's. In `object_only`
+    and `background_only`, the other part is painted over. `chance` has random embeddings."""
     batches = make_batches(args, split, TEST, pool="test", draws=DRAWS)
     embeddings = embed(network, loader(batches, args), extra=True)
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
@@ -966,6 +1028,8 @@ def run_test(network, split, args):
     clean = embeddings["clean"][0]
     scores["query"] = [retrieval_metrics(draw, split.labels, ks, gallery=clean)
                        for draw in embeddings["replaced"]]
+    noise = torch.randn(len(clean), EMBEDDING, generator=torch.Generator().manual_seed(0))
+    scores["chance"] = [retrieval_metrics(noise, split.labels, ks)]
     return dict(scores)
 
 
@@ -989,10 +1053,6 @@ class State:
         self.history, self.args = [], args
 
     @property
-    def epochs(self):
-        return len(self.history)
-
-    @property
     def best_epoch(self):
         """The first epoch with the best validation MAP@R, from 1; 0 before the first epoch."""
         scores = [row[self.args.select]["map@r"] for row in self.history]
@@ -1000,8 +1060,8 @@ class State:
 
     @property
     def is_finished(self):
-        return (self.epochs >= self.args.epochs
-                or self.epochs - self.best_epoch >= self.args.patience)
+        epochs = len(self.history)
+        return epochs >= self.args.epochs or epochs - self.best_epoch >= self.args.patience
 
     def save(self, path, *, optimiser):
         content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
@@ -1021,10 +1081,9 @@ class State:
 
 
 def train(args, splits, state, run):
-    """Epochs of `iterations` batches, each followed by a validation. Stops after `patience` epochs
-    without improvement, or after `epochs`. Continues from `state`. Writes log.jsonl, best.pt (the
-    best epoch) and last.pt (all that resuming needs). Raises UserError if the loss is not finite.
-    Section 4."""
+    """Epochs of `iterations` batches, each followed by a validation (Section 4). Stops after
+    `patience` epochs without improvement, or after `epochs`. Continues from `state`. Writes
+    log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
     network = state.network
     train_labels, val_labels = splits["train"].labels, splits["val"].labels
     m = images_per_class(args.loss, args.batch_size, len(np.unique(train_labels)))
@@ -1036,11 +1095,11 @@ def train(args, splits, state, run):
     # the next epoch's batches during a validation.
     items = val_batches.items_per_pass
     train_loader, val_loader = (
-        loader(batches, args, range(state.epochs * per_epoch, args.epochs * per_epoch))
+        loader(batches, args, range(len(state.history) * per_epoch, args.epochs * per_epoch))
         for batches, per_epoch in ((train_batches, args.iterations), (val_batches, items)))
     while not state.is_finished:
         start = time.monotonic()
-        epoch = state.epochs + 1
+        epoch = len(state.history) + 1
         network.train()
         losses = []
         for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
@@ -1072,16 +1131,17 @@ def train(args, splits, state, run):
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
         print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
-              f"  replaced {100 * replaced['map@r']:5.2f}  best {args.select} "
-              f"{100 * best:5.2f} (epoch {state.best_epoch})  {seconds:.1f} s per epoch, at most "
-              f"about {seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
+              f"  replaced {100 * replaced['map@r']:5.2f}  best {args.select} {100 * best:5.2f} "
+              f"(epoch {state.best_epoch})  {seconds:.1f} s, at most about "
+              f"{seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
+CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
 NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost %* is the fall from clean to replaced, in % of
-clean. Numbers after ± are standard deviations: over the seeds or, if there is only one seed, over
-the draws of backgrounds (of attention: over the images), as in the paper."""
+clean, unless clean is below twice chance. Numbers after ± are standard deviations: over the seeds
+or, with one seed, over the draws of backgrounds (of attention: over the images)."""
 
 
 def read_result(run):
@@ -1092,13 +1152,11 @@ def read_result(run):
     def draws(condition, metric="map@r"):
         return [100 * draw[metric] for draw in result["test"][condition]]
 
-    clean, replaced = draws("clean"), draws("replaced")
-    columns = {"clean": clean, "replaced": replaced,
-               "lost %": [100 * (1 - np.mean(replaced) / clean[0]) if clean[0] else 0.0],
-               "query": draws("query"), "object only": draws("object_only"),
-               "background only": draws("background_only"),
-               "R@1 clean": draws("clean", "recall@1"),
-               "R@1 replaced": draws("replaced", "recall@1")}
+    columns = {name.replace("_", " "): draws(name) for name in CONDITIONS}
+    clean, replaced = draws("clean")[0], np.mean(draws("replaced"))
+    at_chance = clean < 2 * draws("chance")[0]  # then there is nothing to lose
+    columns["lost %"] = [math.nan if at_chance else 100 * (1 - replaced / clean)]
+    columns |= {f"R@1 {name}": draws(name, "recall@1") for name in ("clean", "replaced")}
     if (run / "attention.npz").exists():
         scores = np.load(run / "attention.npz")["score"]
         if np.isfinite(scores).any():
@@ -1131,6 +1189,7 @@ def table_row(name, results):
         values = [result["columns"][column] for result in results if column in result["columns"]]
         if len(values) == len(results):  # otherwise some seeds have no attention score
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
+    row["lost %"] = row["lost %"] if "nan" not in row["lost %"] else "hardly better than chance"
     return row
 
 
@@ -1274,7 +1333,7 @@ def check_config(run, config):
                    for c in (json.loads((run / "config.json").read_text()), config))
     for key in before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}:
         if before[key] != now[key]:
-            raise UserError(f"{run}: its {key} changed from {before[key]} to {now[key]}; restore "
+            raise UserError(f"{run}: its {key} was {before[key]} and is now {now[key]}; restore "
                             "it, or give another --runs")
 
 
@@ -1292,7 +1351,6 @@ def main(argv=None):
     config = {"args": vars(args), "fingerprint": fingerprint(args, splits),
               "distance": DISTANCES[args.loss].__name__,
               "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
-              "python": sys.version.split()[0],
               **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
     done = args.epochs and (run / "result.json").exists()
     resumed = args.epochs and (run / "last.pt").exists()
@@ -1301,28 +1359,36 @@ def main(argv=None):
     if done:
         print(f"{run} is finished; delete its result.json to test it again")
         return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
+    check_masks(splits)
     # A resumed run loads its weights from last.pt, so random weights will do here.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
+    network = state.network
+    if args.epochs and isinstance(network.backbone, Function):
+        raise UserError(f"--backbone {args.backbone}: a function is not trainable; add --epochs 0")
     if resumed:
         state.load(run / "last.pt")
     else:
         (run / "attention.npz").unlink(missing_ok=True)  # its scores are of another network
         write_text(run / "config.json", json.dumps(config, indent=2))
-    print(f"{run}: {args.backbone}, {args.image_size} px, {args.device}"
-          + (f", resumed after epoch {state.epochs}" if resumed else ""), flush=True)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
+    print(f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
+          f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, {args.device}"
+          + f", resumed after epoch {len(state.history)}" * bool(resumed), flush=True)
     if not state.is_finished:
         train(args, splits, state, run)
     elif not args.epochs:
         state.save(run / "best.pt", optimiser=False)
-    result = {**config, "epochs": state.epochs, "best_epoch": state.best_epoch,
+    result = {**config, "epochs": len(state.history), "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")
     labels = splits["test"].labels
-    result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, "
-                        f"{len(labels):,} photos, data {config['fingerprint']}")
     result["test"] = run_test(state.network, splits["test"], args)
+    chance = 100 * result["test"]["chance"][0]["map@r"]
+    result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "
+                        f"photos, chance {chance:.1f} %, data {config['fingerprint']}")
     write_text(run / "result.json", json.dumps(result, indent=2))
-    print(f"\n{report(run.parent, of=run)}\n\n{NOTES}\nAll metrics: {run / 'result.json'}")
+    print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
 
 
 def command(main):

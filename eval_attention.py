@@ -30,8 +30,7 @@ SIGMA = 0.15  # standard deviation of the noise, as a fraction of the image's ra
 QUANTILE = 0.99  # a map is clipped at this quantile
 
 NOISE, RANDOM, PICK = range(100, 103)  # purposes of random numbers, beside those of bgbias.py
-# Pixels of all copies in a batch, at least those of one image. A CPU is fastest with what fits its
-# caches. BN-Inception at 227 px needs 1.1 GiB for the backward pass of one image's 25 copies.
+# Pixels of all copies in a batch (at least one image's). A CPU is fastest if they fit its caches.
 BATCH_PIXELS = {"cpu": 2**19, "gpu": 2**23}
 RESAMPLES = 2000  # of the bootstrap
 SANITY = 200  # images
@@ -156,10 +155,11 @@ def score_run(run, limit=None):
         if saved["image"].tolist() == images:
             values = np.stack([saved["score"], saved["a"], saved["p"]], axis=1)
             return dict(zip(images, values.tolist()))
-    rows = sorted(shuffled(run)[:limit])
-    maps = tqdm(attention_maps(run, rows, network_of(run)), str(run.folder), len(rows),
-                disable=None)
-    scores = {}
+    rows, network, scores = sorted(shuffled(run)[:limit]), network_of(run), {}
+    if isinstance(network.backbone, bgbias.Function):
+        print(f"{run.folder}: a function has no gradients, so it has no attention score")
+        return scores
+    maps = tqdm(attention_maps(run, rows, network), str(run.folder), len(rows), disable=None)
     for row, (photo, attention) in zip(rows, maps):
         a, p = shares(attention, photo[3] / 255)
         scores[images[row]] = torch.stack([above_chance(a, p), a, p]).tolist()
@@ -207,7 +207,7 @@ def compare(base, other):
 def score_table(pairs, scores):
     """Text: one row per run and the paper's below; scores {run folder: {image: (score, a, p)}}."""
     # DIFF: images whose attention score is undefined are left out of the mean and named.
-    # DIFF: the attention score's standard deviation over the images has ddof 1, the authors' 0.
+    # DIFF: the attention score's standard deviation has ddof 1, not 0.
     rows, notes = [], []
     for pair in pairs:
         for run in pair.values():

@@ -22,15 +22,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from bgbias import UserError, command, load_splits, open_mask, open_rgb, write
+from bgbias import (THRESHOLD, UserError, command, load_splits, mask_faults, open_image, open_mask,
+                    open_rgb, write)
 
 # The models of rembg that run on this machine and give one mask per image. rembg has others, which
 # send the images to a paid service, need prompts, or give several masks.
 MODELS = ("u2net", "u2netp", "u2net_human_seg", "silueta", "isnet-general-use", "isnet-anime",
           "birefnet-general", "birefnet-general-lite", "birefnet-portrait", "birefnet-dis",
           "birefnet-hrsod", "birefnet-cod", "birefnet-massive", "bria-rmbg")
-THRESHOLD = 128  # a pixel is foreground from this value on, as in the paper
-EMPTY, FULL = 0.01, 0.99  # a mask with less or more foreground is suspicious
 FAULTS = ("missing", "wrong", "failed")
 SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos per row, px of a tile
 
@@ -54,9 +53,15 @@ def rembg_model(name):
     print(f"{name} on {session.inner_session.get_providers()[0]}", flush=True)
 
     def segment(image):
-        pixels = np.asarray(open_rgb(image))  # given a file, rembg would apply its EXIF rotation
-        return Image.fromarray(remove(pixels, session=session, only_mask=True))
+        return Image.fromarray(remove(np.asarray(open_rgb(image)), session=session, only_mask=True))
     return segment
+
+
+def alpha_of(image):
+    """The alpha channel of a photo with transparency, which is its mask; otherwise None."""
+    photo = open_image(image)
+    alpha = photo.convert("RGBA").getchannel("A") if photo.has_transparency_data else None
+    return alpha if alpha and alpha.getextrema()[0] < 255 else None
 
 
 def make(image, mask, segment):
@@ -65,11 +70,12 @@ def make(image, mask, segment):
     if mask.exists():
         return Outcome("skipped", image, mask)
     try:
-        made = segment(image)
+        alpha = alpha_of(image)
+        made = alpha or segment(image)
     except Exception as error:  # onnxruntime and Pillow raise nearly anything
         return Outcome("failed", image, mask, f"{image}: {error}")
     write(mask, lambda draft: made.save(draft, "PNG"))
-    return judge("new", image, mask, made)
+    return judge("from transparency" if alpha else "new", image, mask, made)
 
 
 def verify(image, mask):
@@ -87,12 +93,13 @@ def verify(image, mask):
 
 
 def judge(state, image, mask, pixels):
-    """The Outcome of a readable mask: `state`, or suspicious if it is nearly empty or nearly full.
-    """
-    share = (np.asarray(pixels) >= THRESHOLD).mean()
-    if EMPTY <= share <= FULL:
-        return Outcome(state, image, mask)
-    return Outcome("suspicious", image, mask, f"{mask}: {share:.1%} foreground")
+    """The Outcome of a readable mask: `state`, or suspicious if it is nearly empty, nearly full, or
+    fuzzy."""
+    empty, full, fuzzy, share = mask_faults(pixels)
+    if empty or full or fuzzy:
+        note = f"{mask}: {share:.1%} foreground{', fuzzy' * bool(fuzzy)}"
+        return Outcome("suspicious", image, mask, note)
+    return Outcome(state, image, mask)
 
 
 def summarise(outcomes):
@@ -202,14 +209,6 @@ def contact_sheet(entries, out):
 # ---- 4. Command line -----------------------------------------------------------------------------
 
 
-def shard(text):
-    """An argparse type: "3/8" -> (3, 8), the third of every eight images."""
-    i, n = map(int, text.split("/"))
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
-    return i, n
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Foreground masks with rembg, and their quality (Kobs & Hotho, 2022).",
@@ -221,7 +220,7 @@ def parse_args(argv=None):
                         "missing what --model makes of *_image.*, with the hand-made *_mask.png")
     add("--data", default="data", help="folder that holds the named datasets")
     add("--model", default="u2net", choices=MODELS, help="a model of rembg; the paper's is u2net")
-    add("--shard", default="1/1", type=shard, metavar="I/N", help="every N-th image from the I-th")
+    add("--shard", default="1/1", metavar="I/N", help="every N-th image from the I-th")
     add("--verify", action="store_true", help="make no masks, check the existing ones")
     add("--sheet", type=Path, metavar="OUT.png", help=f"contact sheet of {SHEET}: suspicious masks "
         "first, or with --check the worst first")
@@ -240,7 +239,9 @@ def main(argv=None):
         return
     splits = load_splits(args.dataset, args.data, need_masks=False, training=False)
     pairs = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
-    first, jobs = args.shard
+    first, jobs = map(int, args.shard.split("/"))
+    if not 1 <= first <= jobs:
+        raise UserError(f"--shard {args.shard}: give I/N with I from 1 to N")
     pairs = pairs[first - 1::jobs]
     segment = None
     if not args.verify and not all(mask.exists() for _, mask in pairs):
