@@ -117,8 +117,9 @@ class UserError(Exception):
 # ---- 2. Data -------------------------------------------------------------------------------------
 
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
+NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN}  # all that the installed Pillow reads
+                  if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
 PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
@@ -177,10 +178,12 @@ def list_folder(root):
         photos = {path: label for path in paths if folder.is_dir() and is_photo(path)}
         listed += photos.items()
         label += bool(photos)
-        left_out.update("folders inside classes" if path.is_dir() else path.suffix.lower()
+        left_out["classes without photos"] += folder.is_dir() and not photos
+        left_out.update("folders inside classes" if path.is_dir()
+                        else path.suffix.lower() or path.name
                         for path in paths if path not in photos)
-    if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
+    if +left_out:  # without the counts of 0
+        print("left out:", ", ".join(f"{count} {what}" for what, count in (+left_out).items())
               + "; convert .heic to .jpg" * (".heic" in left_out))
     return listed
 
@@ -228,7 +231,7 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
                         "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
     for name in splits if training else ("test",):
         photos = np.unique(splits[name].labels, return_counts=True)[1]  # of each class
-        if need_masks and (len(photos) < 2 or photos.max() < 2):
+        if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
             raise UserError(f"{root}: too few classes for {name}; give it at least six folders "
                             f"{root}/images/<class>/ of photos (two for --epochs 0)")
     mask, photos = Counter(masks).most_common(1)[0]
@@ -259,14 +262,21 @@ def open_image(path, read=ImageOps.exif_transpose):
 
 def upright_size(image):
     """(width, height), from the header alone."""
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # orientation
+    if image.format == "TIFF":  # whether Pillow turns its size itself depends on the version
+        return ImageOps.exif_transpose(image).size
+    # Without one of these, a PNG has no tag, and getexif() would decode it to look for one.
+    tags = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+    turned = (tags or image.format != "PNG") and 5 <= image.getexif().get(0x0112, 1) <= 8
+    return image.size[::-1] if turned else image.size
 
 
 def open_rgb(path):
     """The photo as an upright 8-bit RGB PIL image. Transparency becomes white. Raises UserError."""
     image = open_image(path)
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of dividing them
-        image = Image.fromarray((np.asarray(image, float) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":  # more than 8 bits or floats, which Pillow would clip at 255
+        pixels = np.asarray(image, float)
+        white = next((white for white in (1, 255) if pixels.max() <= white), 65535)
+        image = Image.fromarray((pixels / (white / 255)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1028,8 +1038,8 @@ def run_test(network, split, args):
     clean = embeddings["clean"][0]
     scores["query"] = [retrieval_metrics(draw, split.labels, ks, gallery=clean)
                        for draw in embeddings["replaced"]]
-    noise = torch.randn(len(clean), EMBEDDING, generator=torch.Generator().manual_seed(0))
-    scores["chance"] = [retrieval_metrics(noise, split.labels, ks)]
+    noise = torch.randn(DRAWS, len(clean), EMBEDDING, generator=torch.Generator().manual_seed(0))
+    scores["chance"] = [retrieval_metrics(draw, split.labels, ks) for draw in noise]
     return dict(scores)
 
 
@@ -1154,7 +1164,7 @@ def read_result(run):
 
     columns = {name.replace("_", " "): draws(name) for name in CONDITIONS}
     clean, replaced = draws("clean")[0], np.mean(draws("replaced"))
-    at_chance = clean < 2 * draws("chance")[0]  # then there is nothing to lose
+    at_chance = clean < 2 * np.mean(draws("chance"))  # then there is nothing to lose
     columns["lost %"] = [math.nan if at_chance else 100 * (1 - replaced / clean)]
     columns |= {f"R@1 {name}": draws(name, "recall@1") for name in ("clean", "replaced")}
     if (run / "attention.npz").exists():
@@ -1384,7 +1394,7 @@ def main(argv=None):
     state.load(run / "best.pt")
     labels = splits["test"].labels
     result["test"] = run_test(state.network, splits["test"], args)
-    chance = 100 * result["test"]["chance"][0]["map@r"]
+    chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "
                         f"photos, chance {chance:.1f} %, data {config['fingerprint']}")
     write_text(run / "result.json", json.dumps(result, indent=2))

@@ -124,6 +124,8 @@ def photos_of(run, rows, *, draws=0):
 def attention_maps(run, rows, network):
     """Yields (photo (4, S, S) uint8, attention (S, S)) of the test images `rows`, on the CPU."""
     args, size = run.args, run.args.image_size
+    if isinstance(network.backbone, bgbias.Function):
+        raise UserError(f"{run.folder}: a function has no gradients; give another run")
     with torch.no_grad():
         black = network(network.normalise(torch.zeros(1, 3, size, size, device=args.device)))
     pixels = BATCH_PIXELS["cpu" if args.device == "cpu" else "gpu"]
@@ -214,7 +216,7 @@ def score_table(pairs, scores):
             found = scores[run.folder]
             undefined = [image for image in found if not np.isfinite(found[image][0])]
             defined = [score for score, _, _ in found.values() if np.isfinite(score)]
-            row = {"": run.folder.name, "images": f"{len(found):,}",
+            row = {"": run.folder.name, "images": f"{len(defined):,}",
                    "attention": bgbias.mean_and_std(defined) if defined else "undefined"}
             rows.append(row)
             for paper in bgbias.paper_row(vars(run.args)):

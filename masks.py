@@ -30,6 +30,7 @@ from bgbias import (THRESHOLD, UserError, command, load_splits, mask_faults, ope
 MODELS = ("u2net", "u2netp", "u2net_human_seg", "silueta", "isnet-general-use", "isnet-anime",
           "birefnet-general", "birefnet-general-lite", "birefnet-portrait", "birefnet-dis",
           "birefnet-hrsod", "birefnet-cod", "birefnet-massive", "bria-rmbg")
+CUT_OUT = 0.95  # a photo with more foreground in its alpha channel is no cut-out
 FAULTS = ("missing", "wrong", "failed")
 SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos per row, px of a tile
 
@@ -58,10 +59,10 @@ def rembg_model(name):
 
 
 def alpha_of(image):
-    """The alpha channel of a photo with transparency, which is its mask; otherwise None."""
-    photo = open_image(image)
-    alpha = photo.convert("RGBA").getchannel("A") if photo.has_transparency_data else None
-    return alpha if alpha and alpha.getextrema()[0] < 255 else None
+    """The alpha channel of a cut-out, which is its mask. None for an opaque photo, also if only its
+    corners are transparent."""
+    alpha = open_image(image).convert("RGBA").getchannel("A")
+    return alpha if 0 < (np.asarray(alpha) >= THRESHOLD).mean() < CUT_OUT else None
 
 
 def make(image, mask, segment):
@@ -248,7 +249,8 @@ def main(argv=None):
         segment = rembg_model(args.model)
     outcomes = []
     for image, mask in tqdm(pairs, unit=" images", mininterval=5):
-        outcomes.append(verify(image, mask) if args.verify else make(image, mask, segment))
+        existing = args.verify or args.sheet and mask.exists()
+        outcomes.append(verify(image, mask) if existing else make(image, mask, segment))
     summarise(outcomes)
     if args.sheet:
         contact_sheet(suspicious_first(outcomes), args.sheet)

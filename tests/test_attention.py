@@ -93,13 +93,6 @@ def test_map_is_that_of_one_copy_at_a_time(small, metric):
         np.testing.assert_allclose(attention.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_map_takes_no_gradients_of_weights(small, base):
-    model, images, black = small
-    ea.attention_map(model, images, black, bgbias.cosine, torch.Generator())
-    assert all(weight.grad is None for weight in model.parameters())
-    assert not any(weight.requires_grad for weight in ea.network_of(base).parameters())
-
-
 def test_map_of_a_network_that_sees_nothing_is_flat(small):
     found = ea.attention_map(lambda x: 0 * x.flatten(1)[:, :8] + 1, small[1], torch.zeros(1, 8),
                              bgbias.euclidean, torch.Generator())

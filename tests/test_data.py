@@ -1,6 +1,8 @@
 """Data: the three datasets as users have them, a user's own folder, the toy set, readable images."""
 
+import math
 import os
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +11,10 @@ from PIL import Image
 from scipy.io import savemat
 
 import bgbias
-from bgbias import SPLITS, UserError, list_backgrounds, load_splits, make_toy, mask_path, open_rgb, parse_args
+import masks
+from bgbias import (
+    SPLITS, Photos, UserError, list_backgrounds, list_photos, load_splits, mask_path, open_image, open_rgb,
+    parse_args)
 from conftest import write_image
 
 # ---- The three datasets --------------------------------------------------------------------------
@@ -87,30 +92,15 @@ def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
         load_splits("sop", tmp_path)
 
 
-@pytest.mark.parametrize("dataset, train_and_val, classes, test", [
-    ("cars196", 98, 196, 98), ("cub200", 100, 200, 100), ("sop", 11318, 22634, 11316)])
-def test_splits_are_disjoint_and_complete(dataset, train_and_val, classes, test):
+@pytest.mark.parametrize("dataset, classes, trained, images, tested", [
+    ("cars196", 196, 98, 8054 + 8131, 8131), ("cub200", 200, 100, 5864 + 5924, 5924),
+    ("sop", 22634, 11318, 59551 + 60502, 60502)])
+def test_splits_and_counts_are_those_of_the_literature(dataset, classes, trained, images, tested):
+    """The first half of the classes (of SOP, its own split); a quarter of those is for validation."""
     ranges = SPLITS[dataset]
-    assert sorted(label for labels in ranges.values() for label in labels) == list(range(classes))
-    assert len(ranges["train"]) + len(ranges["val"]) == train_and_val and len(ranges["test"]) == test
-
-
-# The classes of CUB that do not have 60 photos, {size: labels from 0}, from its own
-# image_class_labels.txt.
-CUB_CLASSES = {
-    41: [5], 44: [4], 45: [17], 48: [7], 49: [104], 50: [64, 100, 112, 186], 51: [150], 52: [23], 53: [6, 31,
-    83], 56: [11, 21, 177], 57: [16, 74], 58: [2, 14, 15, 57, 140, 189], 59: [8, 18, 19, 22, 27, 32, 33, 36,
-    38, 42, 59, 77, 96, 106, 114, 116, 118, 123, 124, 125, 134, 148, 152, 156, 159, 165, 167, 168, 178, 180,
-    195],
-}
-
-
-def test_cub_split_sizes_follow_from_the_official_list():
-    sizes = dict.fromkeys(range(200), 60)
-    sizes |= {label: size for size, labels in CUB_CLASSES.items() for label in labels}
-    photos = {name: sum(sizes[label] for label in labels) for name, labels in SPLITS["cub200"].items()}
-    assert photos == {"train": 4373, "val": 1491, "test": 5924}
-    assert bgbias.COUNTS["cub200"] == (sum(sizes.values()), photos["test"])
+    assert [*ranges["train"], *ranges["val"], *ranges["test"]] == list(range(classes))
+    assert (len(ranges["train"]), ranges["test"].start) == (math.ceil(0.75 * trained), trained)
+    assert bgbias.COUNTS[dataset] == (images, tested)
 
 
 def test_sop_lists(tmp_path):
@@ -151,39 +141,56 @@ def test_own_folder_is_split_like_cars196(tmp_path, sizes):
     assert [len(own) // 2 for own in labels] == list(sizes)
 
 
-def test_upper_case_webp_and_links_are_photos(shop):
-    write_image(shop / "shop/images/c0/q.WEBP", np.random.default_rng(1))
-    (shop / "shop/images/c0/p0.jpg").rename(shop / "shop/images/c0/p0.JPG")
-    (shop / "shop/images/c0/p9.jpg").symlink_to(shop / "shop/images/c0/p0.JPG")
-    assert split_sizes(load_splits(str(shop / "shop"), need_masks=False)) == [14, 8, 16]
+@pytest.mark.parametrize("suffix", ["JPG", "jfif", "WEBP", "gif", "bmp", "tif", "tiff", "avif"])
+def test_other_formats_are_photos_of_their_class(shop, suffix):
+    """Were the class left out, the labels of all others would change."""
+    if f".{suffix.lower()}" not in Image.registered_extensions():
+        pytest.skip("this Pillow does not read it")
+    folder, rng = shop / "shop/images/c0", np.random.default_rng(1)
+    for i in range(4):
+        (folder / f"p{i}.jpg").unlink()
+        write_image(folder / f"p{i}.{suffix}", rng)
+    (folder / f"p4.{suffix}").symlink_to(folder / f"p0.{suffix}")
+    images, _, labels = load_splits(str(shop / "shop"), need_masks=False)["train"]
+    assert images[:5] == [folder / f"p{i}.{suffix}" for i in range(5)] == list_photos(folder)
+    assert labels.tolist() == 5 * [0] + 4 * [1] + 4 * [2]
+    assert Photos(images[:5], None, 32)[4].shape == (3, 36, 45)
+
+
+def test_a_class_and_a_pool_hold_photos_only_and_the_rest_is_counted(shop, capsys):
+    own = shop / "shop"
+    splits, pool = load_splits(str(own)), pool_of(own)
+    assert capsys.readouterr().out == ""
+    for name in ("c0/a.txt", "c8/b.TXT", "c1/x.heic", "c1/.hidden.jpg", "readme.md", "loose.jpg", "b9/y.heic",
+                 "../backgrounds/val/z.txt", "../backgrounds/val/.hidden.jpg"):
+        (own / "images" / name).parent.mkdir(exist_ok=True)
+        (own / "images" / name).touch()
+    for folder in ("images/c0", "backgrounds/val"):
+        write_image(own / folder / "folder.jpg/p9.jpg", np.random.default_rng(2))
+        os.mkfifo(own / folder / "pipe.png")  # to open it would wait forever
+        (own / folder / "nowhere.webp").symlink_to("gone.webp")
+    for split, before in zip(load_splits(str(own)).values(), splits.values(), strict=True):
+        assert (split.images, split.masks) == (before.images, before.masks)
+        assert split.labels.tolist() == before.labels.tolist()
+    line, = capsys.readouterr().out.splitlines()
+    assert sorted(re.findall(r"(\d+) (\.\w+|folders)", line)) == [
+        ("1", ".jpg"), ("1", ".md"), ("1", ".png"), ("1", ".webp"), ("1", "folders"), ("2", ".heic"), ("2", ".txt")]
+    assert pool_of(own) == pool
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder")
+@pytest.mark.parametrize("name", ["images/c0", "images"])
+def test_a_folder_that_may_not_be_read_is_not_skipped(shop, name):
+    (shop / "shop" / name).chmod(0)
+    try:
+        with pytest.raises(PermissionError, match=name):
+            load_splits(str(shop / "shop"))
+    finally:
+        (shop / "shop" / name).chmod(0o755)
 
 
 def pool_of(folder, *flags):
     return list_backgrounds(parse_args(["--dataset", str(folder), *flags]), "val")
-
-
-# Each makes something at a path that a photo could have.
-NO_PHOTOS = {
-    ".hidden.jpg": lambda path: write_image(path, np.random.default_rng(2)),
-    "folder.jpg": lambda path: write_image(path / "p9.jpg", np.random.default_rng(2)),
-    "pipe.jpg": os.mkfifo,  # to open it would wait forever
-    "nowhere.jpg": lambda path: path.symlink_to("gone.jpg"),
-    "raw.tiff": lambda path: write_image(path, np.random.default_rng(2)),
-    "notes.txt": lambda path: path.write_text("no photo"),
-    "../a_empty": lambda path: path.mkdir(),  # a class without photos
-}
-
-
-@pytest.mark.parametrize("name", NO_PHOTOS)
-def test_a_class_and_a_pool_hold_photos_only(shop, name):
-    own = shop / "shop"
-    splits, pool = load_splits(str(own)), pool_of(own)
-    for folder in ("images/c0", "backgrounds/val"):
-        NO_PHOTOS[name](own / folder / name)
-    for split, before in zip(load_splits(str(own)).values(), splits.values()):
-        assert (split.images, split.masks) == (before.images, before.masks)
-        assert split.labels.tolist() == before.labels.tolist()
-    assert pool_of(own) == pool
 
 
 def test_missing_masks_and_folders_are_named(shop):
@@ -209,23 +216,19 @@ def test_too_few_classes_or_photos(shop):
         with pytest.raises(UserError, match=f"{own}: .* for {name}; .*{own}/images/<class>/"):
             load_splits(str(own), **options)
 
-    for label in range(5, 9):  # every test class has one photo
-        for i in range(1, 4):
-            (own / f"images/c{label}/p{i}.jpg").unlink()
+    for path in own.glob("images/c[5-8]/p[1-3].jpg"):  # every test class has one photo
+        path.unlink()
     refused("test")
-    for label in range(5, 9):
-        shutil.rmtree(own / f"images/c{label}")
-    refused("test")
-    for label in range(2, 5):
-        shutil.rmtree(own / f"images/c{label}")
-    refused("val")
+    for gone, name in (("c[5-8]", "test"), ("c[2-4]", "val")):
+        for path in own.glob(f"images/{gone}"):
+            shutil.rmtree(path)
+        refused(name)
     assert split_sizes(load_splits(str(own), training=False)) == [0, 0, 8]  # --epochs 0 needs two classes
     shutil.rmtree(own / "images/c1")
     refused("test", training=False)
-    for photo in own.glob("images/c0/*"):  # photos without class folders
-        photo.rename(own / "images" / photo.name)
-    refused("train")
-    refused("test", training=False)
+    (own / "images/c0").rename(shop / "elsewhere")
+    with pytest.raises(UserError, match=f"{own}"):  # masks.py with no photo at all
+        load_splits(str(own), need_masks=False, training=False)
 
 
 def test_backgrounds_are_sorted_and_needed(shop):
@@ -233,10 +236,7 @@ def test_backgrounds_are_sorted_and_needed(shop):
     assert pool_of(own) == [own / f"backgrounds/val/b{i}.jpg" for i in range(3)]
     with pytest.raises(UserError, match=f"--backgrounds {own}: "):
         pool_of(own, "--backgrounds", str(own))
-
-
-def test_the_papers_datasets_need_the_papers_number_of_backgrounds(shop):
-    """Unless the user names other backgrounds."""
+    # The paper's datasets need the paper's number, unless the user names other backgrounds.
     pools = (shop / "shop/backgrounds").rename(shop / "unsplash_backgrounds")
     with pytest.raises(UserError, match=f"--backgrounds {pools}: 3 .* 100"):
         pool_of("cub200", "--data", str(shop))
@@ -251,7 +251,7 @@ def test_every_kind_of_image_opens_as_rgb(tmp_path):
     image = Image.fromarray(grey)
     images = {"grey.png": image, "grey_alpha.png": image.convert("LA"), "rgba.png": image.convert("RGBA"),
               "palette.png": Image.fromarray(np.stack([grey] * 3, axis=2)).quantize(60),
-              "cmyk.tiff": image.convert("CMYK"),
+              "cmyk.tiff": image.convert("CMYK"), "grey.gif": image, "rgb.bmp": image.convert("RGB"),
               "deep.png": Image.fromarray(grey.astype(np.uint16) * 257)}
     for name, saved in images.items():
         saved.save(tmp_path / name)
@@ -259,10 +259,58 @@ def test_every_kind_of_image_opens_as_rgb(tmp_path):
         assert opened.mode == "RGB" and (np.asarray(opened) == grey[:, :, None]).all(), name
     image.convert("1").save(tmp_path / "bits.png")
     assert set(np.asarray(open_rgb(tmp_path / "bits.png")).flatten()) == {0, 255}
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees": PIL does not, so neither do we
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_rgb(tmp_path / "turned.jpg").size == (13, 4)
+
+
+# How a file with this EXIF orientation stores an upright picture. The standard says where its first
+# row and column belong: 6 for instance is "row 0 is the right-hand side, column 0 is the top".
+STORED = {1: np.asarray, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+          6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
+def test_photos_masks_and_backgrounds_are_turned_upright(tmp_path, suffix):
+    """In all eight orientations, and their sizes with them."""
+    if f".{suffix}" not in Image.registered_extensions():
+        pytest.skip("this Pillow does not read it")
+    write_image(tmp_path / "photo.png", np.random.default_rng(0), (60, 44))
+    upright = np.asarray(Image.open(tmp_path / "photo.png"))
+    Image.fromarray(upright[..., 1]).save(tmp_path / "mask.png")
+    expected = Photos([tmp_path / "photo.png"], [tmp_path / "mask.png"], 32)[0].int()
+    for orientation, stored in STORED.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        exif = exif.tobytes()
+        photo, mask = tmp_path / f"photo{orientation}.{suffix}", tmp_path / f"mask{orientation}.png"
+        Image.fromarray(stored(upright)).save(photo, exif=exif, quality=100, lossless=True)
+        Image.fromarray(stored(upright[..., 1])).save(mask, exif=exif)
+        found, background = Photos([photo], [mask], 32)[0].int(), Photos([photo], None, 32)[0].int()
+        assert (found - expected).abs().max() <= (8 if suffix in ("jpg", "avif") else 0), photo
+        assert (background == found[:3]).all()
+        assert [open_image(path, bgbias.upright_size) for path in (photo, mask)] == [(60, 44)] * 2, photo
+
+
+@pytest.mark.parametrize("name", ["RGBA.png", "RGBA.webp", "LA.png", "P.png", "P.gif", "RGB.png", "L.png"])
+def test_transparency_becomes_white_and_is_the_mask(tmp_path, name):
+    """Whatever colour is hidden below it. Without alpha channel, a file names one transparent colour.
+    The colours are grey, so that every mode holds them."""
+    mode, rng = name.split(".")[0], np.random.default_rng(0)
+    soft = "A" in mode
+    colours = rng.integers(20, 256, (6, 8, 1), dtype=np.uint8).repeat(3, axis=2)
+    alpha = rng.choice([0, 64, 200, 255] if soft else [0, 255], (6, 8)).astype(np.uint8)
+    for hidden in (0, 13):
+        colours[alpha == 0] = hidden
+        image = Image.fromarray(np.dstack([colours, alpha]) if soft else colours)
+        image = image.quantize(60) if mode == "P" else image.convert(mode)
+        first = tuple(np.argwhere(alpha == 0)[0, ::-1].tolist())
+        transparency = {} if soft else {"transparency": image.getpixel(first)}
+        image.save(tmp_path / name, lossless=True, exact=True, **transparency)
+        opened = np.asarray(open_rgb(tmp_path / name)).astype(int)
+        for y, x in np.ndindex(6, 8):
+            share = int(alpha[y, x]) / 255
+            assert np.abs(opened[y, x] - (share * colours[y, x] + (1 - share) * 255)).max() <= 1
+        np.testing.assert_array_equal(masks.alpha_of(tmp_path / name), alpha)
+    Image.fromarray(colours).convert("RGBA").save(tmp_path / "opaque.png")
+    assert masks.alpha_of(tmp_path / "opaque.png") is None
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -325,9 +373,3 @@ def test_toy_pools_share_no_picture(toy):
     args = parse_args(["--data", str(toy.parent)])
     pools = [{path.read_bytes() for path in list_backgrounds(args, name)} for name in ("val", "test")]
     assert len(pools[0]) == len(pools[1]) == 100 and not pools[0] & pools[1]
-
-
-def test_make_toy_leaves_an_existing_folder_alone(tmp_path):
-    (tmp_path / "toy").mkdir()
-    assert make_toy(tmp_path / "toy") == tmp_path / "toy"
-    assert not list((tmp_path / "toy").iterdir())

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import bgbias
 from conftest import ROOT
 
 RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--epochs", "0"]}
@@ -15,7 +16,8 @@ RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--epochs", "0"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, toy):
-    """{run: {condition: MAP@R in %, one per draw}} of two shortened runs and the untrained network."""
+    """{run: {condition: MAP@R in %, one per draw; "report": its text}} of two shortened runs and the
+    untrained network."""
     folder = tmp_path_factory.mktemp("effect")
     started = [subprocess.Popen([sys.executable, ROOT / "bgbias.py", "--epochs", "4", "--device", "cpu", "--data",
                                  toy.parent, "--runs", folder / name, *flags],
@@ -26,6 +28,7 @@ def results(tmp_path_factory, toy):
         file, = folder.glob(f"{name}/*/result.json")
         found[name] = {condition: [100 * draw["map@r"] for draw in draws]
                        for condition, draws in json.loads(file.read_text())["test"].items()}
+        found[name]["report"] = bgbias.report(folder / name)
     return found
 
 
@@ -50,3 +53,18 @@ def test_it_comes_from_learning(results):
 def test_draws_of_backgrounds_agree(results):
     for test in results.values():
         assert 0 < np.std(test["replaced"], ddof=1) < 3
+
+
+def test_chance_is_that_of_random_rankings(results):
+    """20,000 of them, with 19 right of 999 photos. Chance is the mean over 1,000 queries."""
+    right = np.random.default_rng(0).permuted(np.tile(np.arange(999) < 19, (20_000, 1)), axis=1)[:, :19]
+    scores = 100 * (right * right.cumsum(axis=1) / np.arange(1, 20)).mean(axis=1)
+    chance, = results["base"]["chance"]
+    assert abs(chance - scores.mean()) < 4 * scores.std() / 1000**0.5 < 0.6 * scores.mean()
+    heading = f"50 test classes, 1,000 photos, chance {chance:.1f} %"
+    assert all(heading in test["report"] for test in results.values())
+
+
+def test_lost_is_a_number_if_the_network_has_learned(results):
+    for test in (results["base"], results["bgaugment"]):
+        assert f"| {100 * (1 - np.mean(test['replaced']) / test['clean'][0]):.2f} " in test["report"]

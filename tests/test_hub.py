@@ -1,7 +1,8 @@
-"""Networks of the user's own, as --backbone REPO:NAME of torch.hub: tested without training and
-trained, against what the tests compute from the network itself."""
+"""Networks and functions of the user's own, as --backbone REPO:NAME of torch.hub: tested without training
+and trained, against what the tests compute from the network itself."""
 
 import json
+import re
 import shlex
 
 import numpy as np
@@ -33,7 +34,7 @@ def net():
                              nn.AdaptiveAvgPool2d(2), nn.Flatten())
 def told():
     network = net()
-    network.mean, network.std = M, S
+    network.mean, network.std = torch.tensor(M).double(), torch.tensor(S).numpy()
     return network
 def inside():
     network, (m, s) = net(), torch.tensor((M, S))[..., None, None]
@@ -217,18 +218,6 @@ def test_attention_of_an_untrained_network(root, untrained):
         assert score == pytest.approx((a - p) / (1 - p), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["untrained", "trained"])
-def test_neighbours(request, tmp_path, name):
-    folder = request.getfixturevalue(name)
-    run = eval_attention.load_run(folder, "cpu")
-    labels = run.split.labels
-    first = eval_attention.nearest(run, range(len(labels)))["replaced"][:, 0].numpy()
-    recall = result(folder)["test"]["query"][0]["recall@1"]
-    assert (labels[first] == labels).mean() == pytest.approx(recall, abs=1e-12)
-    eval_attention.main([str(folder), "--device", "cpu", "--neighbours", str(tmp_path / "a.png"), "--images", "2"])
-    assert Image.open(tmp_path / "a.png").width == 900
-
-
 # ---- Its own scaling -----------------------------------------------------------------------------
 
 
@@ -253,19 +242,97 @@ def test_mean_and_std_of_its_own(root, embedding):
     assert scores[0]["clean"] != imagenet["test"]["clean"]  # so it makes a difference
 
 
-def test_mean_and_std_as_tensors_and_arrays(root, tmp_path):
-    types = "M = torch.tensor(M).double()[None, :, None, None]\nS = torch.tensor(S).double().numpy()\n"
-    write_hubconf(tmp_path / "types", HUBCONF + types)
-    run = finish(root, f"{UNTRAINED} --backbone {tmp_path}/types:told")
-    told = finish(root, f"{UNTRAINED} --backbone {root}/mine:told")
-    assert result(run)["test"] == result(told)["test"]
-
-
 @pytest.mark.parametrize("mean", ["0.5", "[0.1] * 4", "(123.7, 116.3, 103.5)"])
 def test_error_mean(root, tmp_path, failure, mean):
     write_hubconf(tmp_path / "odd", f"{HUBCONF}M = {mean}\n")
     line = failure(command(root, f"{UNTRAINED} --backbone {tmp_path}/odd:told", "failed"))
     assert "--backbone" in line and "mean" in line
+
+
+# ---- Functions -----------------------------------------------------------------------------------
+
+
+def onnx_model(weight):
+    """The bytes of an ONNX model, x (N, 3, S, S) -> y = Flatten(x) @ weight. Fields are numbered as in onnx.proto."""
+    def field(number, value):
+        def varint(n):
+            return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
+        if isinstance(value, int):
+            return varint(8 * number) + varint(value)
+        value = value.encode() if isinstance(value, str) else value
+        return varint(8 * number + 2) + varint(len(value)) + value
+
+    def node(inputs, output, operator):
+        return field(1, b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, operator))
+
+    def port(name):  # of float32, of any shape
+        return field(1, name) + field(2, field(1, field(1, 1)))
+
+    tensor = b"".join(field(1, n) for n in weight.shape) + field(2, 1) + field(8, "w") + field(9, weight.tobytes())
+    graph = node(["x"], "flat", "Flatten") + node(["flat", "w"], "y", "MatMul") + field(2, "graph") + field(5, tensor)
+    graph += field(11, port("x")) + field(12, port("y"))
+    return field(1, 8) + field(7, graph) + field(8, field(2, 13))  # IR version 8, opset 13
+
+
+FUNCTIONS = f"M, S = {OWN_SCALING}" + """
+from pathlib import Path
+import numpy as np, torch
+folder = Path(__file__).parent
+W = np.load(folder / "w.npy")
+def plain():
+    return lambda x: np.float32(np.asarray(x).reshape(len(x), -1) @ W)
+def with_scaling():
+    function = plain()
+    function.mean, function.std = M, S
+    return function
+def onnx():
+    import onnxruntime
+    session = onnxruntime.InferenceSession(folder / "w.onnx")
+    return lambda x: session.run(None, {"x": x.numpy()})[0]
+def module():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(len(W), W.shape[1], bias=False))
+    network[1].weight.data = torch.from_numpy(W.T.copy())
+    return network
+"""
+
+
+@pytest.fixture(scope="module")
+def functions(root):
+    """(folder with three functions and a network that multiply their input by `weight`, `weight`)"""
+    weight = np.random.default_rng(5).normal(size=(3 * SIZE**2, 10)).astype(np.float32)
+    write_hubconf(root / "functions", FUNCTIONS)
+    np.save(root / "functions/w.npy", weight)
+    (root / "functions/w.onnx").write_bytes(onnx_model(weight))
+    return root / "functions", weight
+
+
+@pytest.mark.parametrize("name", ["plain", "with_scaling", "onnx"])
+def test_a_function_is_tested_like_a_network(root, functions, capsys, name):
+    folder, weight = functions
+    scaling = OWN_SCALING if name == "with_scaling" else (MEAN, STD)
+    run = finish(root, f"{UNTRAINED} --backbone {folder}:{name}")
+    first, = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run}: ")]
+    assert "10 features, 0 trainable parameters" in first
+    told = [float(n) for n in re.findall(r"\d+\.\d+", first.split("parameters")[1])]
+    assert told == pytest.approx([255 * value for values in scaling for value in values], abs=0.6)
+    photos, labels = inputs(root)
+    for condition, x in photos.items():
+        expected = slow_map_at_r(scaled(x, *scaling).flatten(1).double() @ torch.from_numpy(weight).double(), labels)
+        assert result(run)["test"][condition][0]["map@r"] == pytest.approx(expected, abs=1e-9)
+    module = finish(root, f"{UNTRAINED} --backbone {folder}:module")
+    assert (result(module)["test"] == result(run)["test"]) == (name != "with_scaling")
+
+
+def test_a_function_can_neither_be_trained_nor_scored(root, functions, failure, capsys):
+    folder, _ = functions
+    line = failure(command(root, f"--epochs 1 --backbone {folder}:plain", "failed"))
+    assert f"--backbone {folder}:plain" in line and "--epochs 0" in line and not (root / "failed").exists()
+    run, other = (finish(root, f"{UNTRAINED} --backbone {folder}:{name}") for name in ("plain", "module"))
+    capsys.readouterr()
+    eval_attention.main([str(run), str(other), "--device", "cpu"])
+    note, *table = capsys.readouterr().out.splitlines()
+    assert str(run) in note and [line.split("|")[2].strip() for line in table[2:4]] == ["0", "66"]
+    assert not (run / "attention.npz").exists() and (other / "attention.npz").exists()
 
 
 # ---- Its weights ---------------------------------------------------------------------------------
@@ -315,16 +382,3 @@ def test_features_in_half_precision(root, tmp_path, untrained):
     ours, plain = (result(folder)["test"]["clean"][0]["map@r"] for folder in (run, untrained))
     assert ours == pytest.approx(plain, abs=0.02)
     assert (finish(root, f"--epochs 1 --backbone {tmp_path}/half:odd") / "result.json").exists()
-
-
-@pytest.mark.parametrize("text, error", [
-    ("def net():\n    raise ValueError('no licence')", ValueError), ("def other():\n    pass", RuntimeError),
-    ("import a_module_nowhere", ModuleNotFoundError), (None, FileNotFoundError)])
-def test_bugs_of_a_hubconf_keep_their_exception(root, tmp_path, monkeypatch, text, error):
-    """Its traceback shows file and line. A misspelt folder is not looked for on GitHub."""
-    if text:
-        write_hubconf(tmp_path / "odd", text)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error):
-        bgbias.main(command(root, f"{UNTRAINED} --backbone ./odd:net", "failed"))
-    assert not (root / "failed").exists()

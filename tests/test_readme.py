@@ -83,17 +83,6 @@ def test_readme_and_tests_keep_to_their_budgets():
     assert lines_of(*(path for path in ROOT.glob("tests/*.py") if path.name != "bench.py")) <= 4500
 
 
-def test_importing_does_nothing_but_define():
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Expr, ast.If)
-    for path in SCRIPTS:
-        for node in ast.parse(path.read_text()).body:
-            assert isinstance(node, allowed)
-            if isinstance(node, ast.Expr):  # the docstring
-                assert isinstance(node.value, ast.Constant)
-            if isinstance(node, ast.If):
-                assert "__main__" in ast.unparse(node.test)
-
-
 def code_lines(function):
     """How many lines of code a function has: those where a statement or a part of it stands, without
     its docstring."""
@@ -123,28 +112,3 @@ def test_code_stays_readable(path):
         if isinstance(node, comprehensions):
             inside = [child for child in ast.walk(node) if child is not node]
             assert not any(isinstance(child, comprehensions) for child in inside), f"{where}: nested comprehensions"
-
-
-# {script: {(function, name)}}
-SHADOWS = {"bgbias.py": {("command", "main")}}  # it is the main() of whichever script calls command()
-
-
-def shadows(tree):
-    """{(function, name)} of arguments and local variables with the name of a function or class of
-    the module."""
-    definitions = (ast.FunctionDef, ast.ClassDef)
-    defined = {node.name for node in tree.body if isinstance(node, definitions)}
-    found = set()
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            inside = list(ast.walk(function))[1:]
-            names = {node.arg for node in inside if isinstance(node, ast.arg)}
-            names |= {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-            names |= {node.name for node in inside if isinstance(node, definitions)}
-            found |= {(function.name, name) for name in names & defined}
-    return found
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_no_variable_takes_the_name_of_a_function(path):
-    assert shadows(ast.parse(path.read_text())) == SHADOWS.get(path.name, set())

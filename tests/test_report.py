@@ -16,7 +16,7 @@ import pytest
 import bgbias
 from conftest import ROOT, write_image
 
-TESTED = "shop: 100 test classes, 5,924 photos (data 0123abcd)"
+TESTED = "shop: 100 test classes, 5,924 photos, chance 1.0 %, data 0123abcd"
 
 
 def draw(map_at_r):
@@ -25,11 +25,11 @@ def draw(map_at_r):
             "recall@2": map_at_r + 0.06}
 
 
-def make_run(root, flags, clean=0.2, replaced=(0.1,) * 5, *, tested=TESTED, scores=None):
+def make_run(root, flags, clean=0.2, replaced=(0.1,) * 5, *, chance=0.01, tested=TESTED, scores=None):
     """The files of a finished run. `scores` are the attention scores of its images."""
     args = bgbias.parse_args(shlex.split(f"--runs {root} {flags}"))
     values = {"clean": [clean], "replaced": replaced, "query": [0.15, 0.15, 0.15, 0.15, 0.20],
-              "object_only": [0.18], "background_only": [0.03]}
+              "object_only": [0.18], "background_only": [0.03], "chance": [chance]}
     test = {condition: [*map(draw, draws)] for condition, draws in values.items()}
     run = bgbias.run_folder(args)
     run.mkdir(parents=True)
@@ -144,11 +144,17 @@ def test_three_seeds(tmp_path):
     assert row["seeds"] == "4" and "attention" not in row
 
 
+AT_CHANCE = "hardly better than chance"
+
+
 @pytest.mark.parametrize("clean, replaced, lost", [
-    (0.0, 0.0, "0.00"), (0.2, 0.3, "-50.00"), (0.2, 0.0, "100.00")])
+    (0.2, 0.3, "-50.00"), (0.2, 0.0, "100.00"), (0.021, 0.014, "33.33"),
+    (0.019, 0.014, AT_CHANCE), (0.0, 0.3, AT_CHANCE)])  # below twice chance
 def test_lost(tmp_path, clean, replaced, lost):
-    make_run(tmp_path, "", clean, (replaced,) * 5)
+    make_run(tmp_path, "--seed 1", clean, (replaced,) * 5)
     assert rows_of(tmp_path)["contrastive"]["lost %"] == lost
+    make_run(tmp_path, "--seed 2", 0.1, (0.05,) * 5, chance=0.06)  # a mean with a seed at chance says nothing
+    assert rows_of(tmp_path)["contrastive"]["lost %"] == AT_CHANCE
 
 
 # ---- Which runs share a row ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One geometry for photo and mask, replacement by hand, torchvision on PIL images as referee."""
 
+import re
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -51,24 +52,19 @@ def album(tmp_path):
 # ---- Decoding, crops and flips -------------------------------------------------------------------
 
 
-def test_decoding_against_torchvision_on_pil(album):
-    steps = transforms.Compose([transforms.Resize(SHORT), transforms.PILToTensor()])
-    for path, photo in zip(album[0], Photos(*album, SIZE), strict=True):
-        expected = steps(Image.open(path))
-        assert photo.dtype == torch.uint8 and photo.shape == (4, *expected.shape[1:])
+def test_decoding_and_evaluation_crops_against_torchvision_on_pil(album):
+    resize, crop = transforms.Resize(SHORT), transforms.CenterCrop(SIZE)
+    photos, cropped = Photos(*album, SIZE), evaluation(Photos(*album, SIZE), labels=[7, 7, 9, 2, 2, 2])[0]
+    assert cropped[0].shape == (len(SIZES), 4, SIZE, SIZE) and cropped[2].tolist() == [7, 7, 9, 2, 2, 2]
+    for path, photo, view in zip(album[0], photos, cropped[0], strict=True):
+        resized = resize(Image.open(path))
+        for found, expected in ((photo, resized), (view, crop(resized))):
+            expected = transforms.functional.pil_to_tensor(expected)
+            assert found.dtype == torch.uint8 and found.shape == (4, *expected.shape[1:])
+            assert (found[:3].int() - expected.int()).abs().max() <= 1
+            assert torch.equal(found[3], found[1])  # the mask is the green channel
         assert min(photo.shape[1:]) == SHORT
-        assert (photo[:3].int() - expected.int()).abs().max() <= 1
     assert round(256 / 227 * 227) == Photos([], None, 227).short_side  # the paper's numbers
-
-
-def test_evaluation_crops_against_torchvision_on_pil(album):
-    steps = transforms.Compose(
-        [transforms.Resize(SHORT), transforms.CenterCrop(SIZE), transforms.PILToTensor()])
-    photos, _, labels = evaluation(Photos(*album, SIZE), labels=[7, 7, 9, 2, 2, 2])[0]
-    assert photos.shape == (len(SIZES), 4, SIZE, SIZE) and labels.tolist() == [7, 7, 9, 2, 2, 2]
-    for path, photo in zip(album[0], photos, strict=True):
-        assert (photo[:3].int() - steps(Image.open(path)).int()).abs().max() <= 1
-        assert torch.equal(photo[3], photo[1])  # the mask is the green channel
 
 
 def test_random_view_against_torchvision_on_pil():
@@ -93,6 +89,9 @@ def test_photo_and_mask_take_one_geometry(album):
         crops = [random_view(photo, SIZE) for _ in range(20)]
         assert all(torch.equal(crop[3], crop[1]) for crop in crops)
         assert len({crop.numpy().tobytes() for crop in crops}) > 4  # few fit in a very wide photo
+    crops, backgrounds, _ = training(Photos(*album, SIZE), [0] * 20, draws=0)[0]
+    assert len({crop.numpy().tobytes() for crop in crops}) == 20 and backgrounds.shape == (0, 20, 3, SIZE, SIZE)
+    assert torch.equal(crops[:, 3], crops[:, 1])
 
 
 @pytest.fixture
@@ -105,48 +104,30 @@ def decoded(monkeypatch):
     return opened
 
 
-def test_photos_are_decoded_once_or_on_every_access(album, decoded, capsys):
-    """In training they are kept. The test uses each once, and memory is no topic then."""
-    kept, not_kept = Photos(album[0] * 20, album[1] * 20, SIZE), Photos(*album, SIZE, keep=False)
-    assert len(kept) == 120 and Counter(decoded) == dict.fromkeys(album[0] + album[1], 20)
-    decoded.clear()
-    for i in [0, 1, 0, 5, 119, 0]:
-        kept[i]
-    assert not decoded
-    for i in [0, 1, 0]:
-        not_kept[i]
-    assert decoded == [files[i] for i in (0, 1, 0) for files in album]
-    assert capsys.readouterr().out == ""
-
-
-def test_as_many_photos_stay_in_memory_as_fit(album, decoded, monkeypatch, capsys):
-    """The rest are the same, but decoded on every access, and one line says so."""
-    complete = Photos(*album, SIZE)
-    assert len(complete.kept) == 6 and capsys.readouterr().out == ""
+def test_photos_are_decoded_once_as_many_as_fit_in_memory(album, decoded, monkeypatch, capsys):
+    """The rest are the same, but decoded on every access, and one line says so. So are the photos
+    of the test, which are used only once."""
+    complete = Photos(album[0] * 20, album[1] * 20, SIZE)
+    assert len(complete) == len(complete.kept) == 120 and capsys.readouterr().out == ""
+    assert Counter(decoded) == dict.fromkeys(album[0] + album[1], 20)
     free = iter([0.9, 0.5, 0.11, 0.1, 0.09, 0.5, 0.5])  # a tenth remains free
     monkeypatch.setattr(bgbias, "free_memory", lambda: next(free))
-    partly = Photos(*album, SIZE)
+    partly, none_kept = Photos(*album, SIZE), Photos(*album, SIZE, keep=False)
     said = capsys.readouterr().out
     assert len(partly) == 6 and len(partly.kept) == 4
     assert "4 of 6" in said and said.count("\n") == 1
     decoded.clear()
-    assert all(torch.equal(complete[i], partly[i]) for i in range(6))
-    assert decoded == [files[i] for i in (4, 5) for files in album]
+    assert all(torch.equal(complete[i], partly[i]) for i in (0, 1, 2, 3, 4, 5, 5))
+    assert decoded == [files[i] for i in (4, 5, 5) for files in album]
+    assert torch.equal(none_kept[0], complete[0]) and decoded[6:] == [album[0][0], album[1][0]]
 
 
-def test_nothing_is_decoded_ahead_when_memory_is_short(album, monkeypatch):
+def test_nothing_is_decoded_ahead_when_memory_is_short(album, decoded, monkeypatch):
     """Otherwise the photos that wait to be taken would fill it."""
-    opened, real = [], bgbias.open_rgb
-
-    def slow(path):
-        opened.append(path)
-        time.sleep(0.01)
-        return real(path)
-
-    monkeypatch.setattr(bgbias, "open_rgb", slow)
+    fast = bgbias.open_rgb
+    monkeypatch.setattr(bgbias, "open_rgb", lambda path: time.sleep(0.01) or fast(path))
     monkeypatch.setattr(bgbias, "free_memory", lambda: 0.0)
-    assert Photos(album[0] * 100, None, SIZE).kept == []
-    assert len(opened) < 600
+    assert Photos(album[0] * 100, None, SIZE).kept == [] and len(decoded) < 600
 
 
 def test_free_memory_by_hand(monkeypatch):
@@ -160,12 +141,13 @@ def test_free_memory_by_hand(monkeypatch):
 SOFT = np.tile(np.arange(90, dtype=np.uint8) * 2, (60, 1))  # as large as the first photo
 GREY = Image.fromarray(SOFT)
 NO_MASKS = {
-    "values 0 and 1": Image.fromarray(SOFT // 100), "alpha": GREY.convert("LA"), "RGBA": GREY.convert("RGBA"),
+    **{f"values {low} and {high}": Image.fromarray(np.where(SOFT < 90, low, high).astype(np.uint8))
+       for low, high in ((0, 1), (0, 5), (1, 3), (0, 127))}, "alpha": GREY.convert("LA"), "RGBA": GREY.convert("RGBA"),
     "palette": GREY.quantize(4), "coloured": Image.merge("RGB", (GREY, GREY, Image.fromarray(255 - SOFT))),
-    "16 bits": Image.fromarray(SOFT.astype(np.uint16) * 257), "float": Image.fromarray(SOFT / np.float32(178)),
-    "other size": GREY.resize((60, 90))}
+    "16 bits": Image.fromarray(SOFT.astype(np.uint16) * 257), "float": Image.fromarray(SOFT / np.float32(178))}
 MASKS = {"soft": (GREY, SOFT), "grey RGB": (GREY.convert("RGB"), SOFT),
          "1-bit": (Image.fromarray(SOFT >= 128), 255 * (SOFT >= 128)),
+         "dark": (Image.fromarray(SOFT // 100 * 128), SOFT // 100 * 128),
          "black": (Image.fromarray(0 * SOFT), 0 * SOFT), "white": (Image.fromarray(0 * SOFT + 255), 0 * SOFT + 255)}
 
 
@@ -183,6 +165,64 @@ def test_what_is_a_mask(album, name):
     mask = np.asarray(bgbias.open_mask(album[1][0]))
     assert mask.dtype == np.uint8 and (mask == expected).all()
     assert Photos(*album, SIZE)[0].shape == (4, SHORT, 67)
+
+
+# Masks of 400 pixels: how many are white, how many light grey, how many dark grey; and whether they
+# are nearly empty (less than 1 %), nearly full (more than 99 %), fuzzy (more than 15 % are grey).
+FAULTS = {(4, 0, 0): "", (3, 0, 0): "empty", (0, 3, 0): "empty", (0, 4, 0): "", (0, 0, 0): "empty",
+          (396, 0, 0): "", (397, 0, 0): "full", (0, 0, 60): "empty", (4, 0, 60): "", (4, 0, 61): "fuzzy",
+          (4, 61, 0): "fuzzy", (100, 30, 31): "fuzzy", (350, 50, 0): "full", (339, 61, 0): "full fuzzy"}
+
+
+def mask_of(white, light, dark, edges=(229, 26)):
+    """10 % of 255 is 25.5, 90 % is 229.5."""
+    pixels = [255] * white + [edges[0]] * light + [edges[1]] * dark
+    return Image.fromarray(np.uint8(pixels + [0] * (400 - len(pixels))).reshape(20, 20))
+
+
+@pytest.mark.parametrize("counts", FAULTS)
+def test_faults_of_a_mask_by_hand(counts):
+    *faults, share = bgbias.mask_faults(mask_of(*counts))
+    assert [name for name, fault in zip(("empty", "full", "fuzzy"), faults) if fault] == FAULTS[counts].split()
+    assert share == sum(counts[:2]) / 400
+    assert not bgbias.mask_faults(mask_of(*counts, edges=(230, 25)))[2]  # nearly white and nearly black
+
+
+def splits_of(folder, images):
+    """Splits with those masks, the first of them for training."""
+    folder.mkdir()
+    masks = save(folder / "masks", [np.asarray(image) for image in images])
+    photos = save(folder / "images", [picture(*image.size) for image in images])
+    return {"train": bgbias.Split(photos[:1], masks[:1], [0]), "test": bgbias.Split(photos[1:], masks[1:], [1] * 4)}
+
+
+def test_summary_of_the_masks_by_hand(tmp_path, capsys):
+    """Shares of 0, 50, 54, 75 and 100 %: the median is 54 %; of five, three may not be empty or full."""
+    images = [mask_of(*counts) for counts in ((0, 0, 0), (200, 0, 0), (146, 70, 0), (300, 0, 70), (400, 0, 0))]
+    bgbias.check_masks(splits_of(tmp_path / "fine", images))
+    line, = capsys.readouterr().out.splitlines()
+    assert re.findall(r"\d+ ?%?", line) == ["54%", "1 ", "5 ", "1 ", "2 "]
+    images[2] = mask_of(397, 0, 0)
+    with pytest.raises(UserError, match="^masks: "):
+        bgbias.check_masks(splits_of(tmp_path / "most", images))
+    assert re.findall(r"\d+ ?%?", capsys.readouterr().out) == ["75%", "1 ", "5 ", "2 ", "1 "]
+
+
+@pytest.mark.parametrize("name", ["images/c0/p1.jpg", "images/c8/p3.jpg", "masks/c0/p1.png", "masks/c8/p3.png"])
+@pytest.mark.parametrize("fault", ["size", "turned", "text"])
+def test_photos_and_masks_are_compared_before_a_run_begins(shop, failure, name, fault):
+    """Of training and of testing alike: not after days, in the test."""
+    path, exif = shop / "shop" / name, Image.Exif()
+    exif[0x0112] = 6
+    if fault == "text":
+        path.write_text("<html>404</html>")
+    else:
+        image = Image.open(path)
+        image.resize((32, 40) if fault == "size" else image.size).save(path, exif=exif if fault == "turned" else b"")
+        path = shop / "shop" / name.replace("images", "masks").replace("jpg", "png")
+    line = failure(f"--dataset {shop}/shop --runs {shop}/runs --backbone smallconv --weights none --device cpu")
+    assert line.startswith(f"error: {path}: ")
+    assert not (shop / "runs").exists()
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -229,21 +269,12 @@ def test_training_batches_hold_the_photos_of_the_sampler():
         assert found.dtype == backgrounds.dtype == torch.uint8
 
 
-def test_training_crops_each_photo_on_its_own(album):
-    """With the training transform: the mask, a copy of the green channel, stays that."""
-    photos, backgrounds, _ = training(Photos(*album, SIZE), [0] * 20, draws=0)[0]
-    assert len({photo.numpy().tobytes() for photo in photos}) == 20
-    assert torch.equal(photos[:, 3], photos[:, 1])
-    assert backgrounds.shape == (0, 20, 3, SIZE, SIZE)
-
-
 def test_the_sampler_is_asked_for_batch_n_of_this_seed():
     labels = np.repeat(range(5), 4)
     photos = [torch.zeros(4, SIZE, SIZE, dtype=torch.uint8)] * len(labels)
     sampler = MPerClassSampler(labels, 2, 8)
     batches = Batches(photos=photos, labels=labels, size=SIZE, seed=(3, 1), sampler=sampler)
     asked = [sampler.batch((3, 1, n)) for n in range(6)]
-    assert [batches[n][2].tolist() for n in range(6)] == labels[asked].tolist()
     assert [[index for index, _ in batches.plan(n)] for n in range(6)] == asked
     assert len(set(map(str, asked))) == 6
 
