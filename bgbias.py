@@ -174,7 +174,7 @@ def list_folder(root):
     listed, left_out, label = [], Counter(), 0
     for folder in visible(root / "images"):
         paths = visible(folder) if folder.is_dir() else [folder]
-        photos = {path: label for path in paths if folder.is_dir() and is_photo(path)}
+        photos = dict.fromkeys(list_photos(folder), label)
         listed += photos.items()
         label += bool(photos)
         left_out.update("folders inside classes" if path.is_dir() else path.suffix.lower()
@@ -190,12 +190,10 @@ def visible(folder):
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def is_photo(path):
-    return path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
-
-
 def list_photos(folder):
-    return [path for path in visible(folder) if is_photo(path)] if folder.is_dir() else []
+    """The sorted paths of the photos in a folder; [] if it is missing or a file."""
+    paths = visible(folder) if folder.is_dir() else []
+    return [path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
 
 
 def mask_path(root, image):
