@@ -299,8 +299,8 @@ def check_masks(splits):
     Raises UserError if a size differs, or if most of the sample are nearly empty or nearly full."""
     files = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
     with ThreadPoolExecutor() as threads:
-        sizes = threads.map(lambda path: open_image(path, upright_size), itertools.chain(*files))
-        for (_, mask), size, mask_size in zip(files, sizes, sizes):
+        sizes = threads.map(lambda pair: [open_image(path, upright_size) for path in pair], files)
+        for (_, mask), (size, mask_size) in zip(files, sizes):
             if size != mask_size:
                 raise UserError(f"{mask}: its size is {mask_size}, the photo's is {size}; delete "
                                 "the mask and run masks.py")
