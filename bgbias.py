@@ -654,8 +654,8 @@ class BNInception(nn.Module):
         pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
         branches = [self.branch(x, f"{name}_1x1")] if single else []
         branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
-        double = ("reduce", "1", "2")
-        branches.append(self.branch(x, *(f"{name}_double_3x3_{layer}" for layer in double)))
+        double = f"{name}_double_3x3"
+        branches.append(self.branch(x, f"{double}_reduce", f"{double}_1", f"{double}_2"))
         branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
         return torch.cat(branches, dim=1)
 
