@@ -317,7 +317,7 @@ def list_backgrounds(args, name):
     """The sorted photos in --backgrounds/val or --backgrounds/test. Raises UserError."""
     # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
-    of_paper = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
+    of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
     if not pool or (of_paper and len(pool) != POOL_SIZE):
         raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
                         f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
@@ -1276,13 +1276,13 @@ def parse_args(argv=None):
     add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
     parser.set_defaults(**DEFAULTS)  # the help shows these
     known, _ = parser.parse_known_args(argv)
-    pools = {"toy": Path(known.data, "toy/backgrounds")}
-    pools |= dict.fromkeys(COUNTS.keys() - {"toy"}, Path(known.data, "unsplash_backgrounds"))
+    pools = dict.fromkeys(PLACES, Path(known.data, "unsplash_backgrounds"))
+    pools["toy"] = Path(known.data, "toy/backgrounds")
     parser.set_defaults(
         **TOY_DEFAULTS if known.dataset == "toy" else DEFAULTS,
         backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
         select="replaced" if known.bgaugment else "clean")
-    if ":" in (known.backbone or ""):
+    if ":" in known.backbone:
         parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
     excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
