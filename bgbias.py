@@ -1092,16 +1092,15 @@ def train(args, splits, state, run):
     val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
     # Both loaders last until the end of the training, so that workers start only once and prepare
     # the next epoch's batches during a validation.
-    items = val_batches.items_per_pass
-    train_loader, val_loader = (
-        loader(batches, args, range(len(state.history) * per_epoch, args.epochs * per_epoch))
-        for batches, per_epoch in ((train_batches, args.iterations), (val_batches, items)))
+    done, steps, items = len(state.history), args.iterations, val_batches.items_per_pass
+    train_loader = loader(train_batches, args, range(done * steps, args.epochs * steps))
+    val_loader = loader(val_batches, args, range(done * items, args.epochs * items))
     while not state.is_finished:
         start = time.monotonic()
         epoch = len(state.history) + 1
         network.train()
         losses = []
-        for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
+        for step in tqdm(range(steps), f"epoch {epoch}", leave=False, disable=None):
             photos, backgrounds, labels = next(train_loader)
             # Seeds dropout, so that a resumed run is identical. Without workers, next() seeds too.
             torch.manual_seed(seed_of(args.seed, STEP, epoch, step))
@@ -1118,21 +1117,20 @@ def train(args, splits, state, run):
         if not math.isfinite(loss):
             raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower lr")
         embedded = embed(network, itertools.islice(val_loader, items))
-        clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
-        replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
+        scores = {condition: retrieval_metrics(draws[0], val_labels, (1,))
+                  for condition, draws in embedded.items()}  # clean and replaced
         seconds = time.monotonic() - start
-        state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
-                              "seconds": seconds})
+        state.history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
         if state.best_epoch == epoch:
             state.save(run / "best.pt", optimiser=False)
-        log = "".join(json.dumps(row) + "\n" for row in state.history)
-        write_text(run / "log.jsonl", log)
+        write_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.history))
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
-        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
-              f"  replaced {100 * replaced['map@r']:5.2f}  best {args.select} {100 * best:5.2f} "
-              f"(epoch {state.best_epoch})  {seconds:.1f} s, at most about "
-              f"{seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
+        clean, replaced = (100 * scores[name]["map@r"] for name in ("clean", "replaced"))
+        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {clean:5.2f}  replaced "
+              f"{replaced:5.2f}  best {args.select} {100 * best:5.2f} (epoch {state.best_epoch})  "
+              f"{seconds:.1f} s, at most about {seconds * (args.epochs - epoch) / 60:.1f} min left",
+              flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
