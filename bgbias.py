@@ -1186,7 +1186,8 @@ def table_row(name, results):
         values = [result["columns"][column] for result in results if column in result["columns"]]
         if len(values) == len(results):  # otherwise some seeds have no attention score
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
-    row["lost %"] = row["lost %"] if "nan" not in row["lost %"] else "hardly better than chance"
+    if "nan" in row["lost %"]:
+        row["lost %"] = "hardly better than chance"
     return row
 
 
@@ -1377,7 +1378,7 @@ def main(argv=None):
         state.save(run / "best.pt", optimiser=False)
     result = {**config, "epochs": len(state.history), "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
-    state.load(run / "best.pt")
+    state.load(run / "best.pt")  # its history ends with the best epoch
     labels = splits["test"].labels
     result["test"] = run_test(state.network, splits["test"], args)
     chance = 100 * result["test"]["chance"][0]["map@r"]
