@@ -365,7 +365,7 @@ def toy_class(rng, photos=20, size=54, share=0.95):
         yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
 
 
-def draw_toy(root, seed):
+def draw_toy(root, seed=2022):
     """Saves all pictures of the toy set in the folder `root`."""
     pictures = {}
     for label in range(SPLITS["toy"]["test"].stop):
@@ -380,12 +380,12 @@ def draw_toy(root, seed):
         picture.save(Path(root, path))
 
 
-def make_toy(root, seed=2022):
+def make_toy(root):
     """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
     same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
     if not root.exists():
         try:
-            write(root, lambda draft: draw_toy(draft, seed))
+            write(root, draw_toy)
         except OSError:
             if not root.exists():  # otherwise another process was faster
                 raise
