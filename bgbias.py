@@ -169,8 +169,7 @@ def list_sop(root):
 
 
 def list_folder(root):
-    """[(path, label)] of root/images/<class>/<photo>, classes and photos sorted by name. Prints
-    how many other files and folders it leaves out."""
+    """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
     listed, left_out, label = [], Counter(), 0
     for folder in visible(root / "images"):
         paths = visible(folder) if folder.is_dir() else [folder]
@@ -245,8 +244,7 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
 
 
 def open_image(path, read=ImageOps.exif_transpose):
-    """Opens an image file and returns read(image): by default, the decoded and upright PIL image.
-    Raises UserError if the file is not readable."""
+    """read(image) of a file; by default, the decoded and upright PIL image. Raises UserError."""
     # DIFF: images are turned upright as their EXIF tag says.
     try:
         with Image.open(path) as image:
@@ -508,8 +506,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def make_batches(args, split, purpose, *, pool, draws, sampler=None):
-    """The Batches of a Split, with backgrounds from the pool val or test. Test photos are used only
-    once, so they are not kept in memory."""
+    """The Batches of a Split. Test photos are used only once, so they are not kept in memory."""
     photos = Photos(split.images, split.masks, args.image_size, keep=purpose != TEST)
     backgrounds = Photos(list_backgrounds(args, pool), None, args.image_size) if draws else None
     return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=backgrounds,
@@ -517,8 +514,7 @@ def make_batches(args, split, purpose, *, pool, draws, sampler=None):
 
 
 def loader(batches, args, items=None):
-    """Yields the items of `batches` in the range `items`, on the device. None means one evaluation
-    pass. The --workers processes prepare items ahead."""
+    """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
     for item in torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=args.workers,
@@ -583,7 +579,7 @@ class MPerClassSampler:
 def images_per_class(loss, batch_size, classes):
     """IMAGES_PER_CLASS or, if there are few classes, more. Raises UserError."""
     # DIFF: if there are too few classes for a batch, it holds more images per class.
-    # A batch of one class has no negatives, so a batch has two classes if the data has.
+    # A batch of one class has no negatives. So it has two classes or more, unless the data has one.
     least = IMAGES_PER_CLASS[loss]
     for m in range(least, batch_size // min(2, classes) + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
@@ -712,8 +708,8 @@ def build_backbone(name, weights):
 
 
 class Function(nn.Module):
-    """Wraps a function, (B, 3, S, S) float32 on the CPU -> (B, features) tensor or array, as a
-    network without parameters and gradients. The function may have attributes `mean` and `std`."""
+    """Wraps a function as a network without parameters and gradients: (B, 3, S, S) float32 on the
+    CPU -> (B, features), a tensor or an array. It may have the attributes `mean` and `std`."""
 
     def __init__(self, function):
         super().__init__()
@@ -871,8 +867,8 @@ def cosine(embeddings, others):
     return 1 - F.cosine_similarity(embeddings, others, dim=1)
 
 
-# A new loss needs an entry in the next three tables, one in CLASS_WEIGHTS if it has class weights,
-# and its hyper-parameters for the dataset that you train on.
+# A new loss needs an entry in the next three tables, in CLASS_WEIGHTS if it has class weights, and
+# in HPARAMS for the dataset that you train on.
 LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": multi_similarity,
           "arcface": arcface, "normalized_softmax": normalized_softmax}
 DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity": cosine,
@@ -942,7 +938,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
-    # A network that maps everything to one point therefore has a MAP@R of 0, not a lucky one.
+    # If all embeddings are equal, MAP@R is therefore 0, and not a matter of the files' order.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
@@ -1036,8 +1032,8 @@ def run_test(network, split, args):
 
 
 class State:
-    """The state of a run: `network`, `class_weights` (C, D) or None, `optimiser`, and `history`, a
-    list of one dictionary of results per epoch."""
+    """A run's `network`, `class_weights` (C, D) or None, `optimiser` and `history`, which has one
+    dictionary of results per epoch."""
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
@@ -1234,8 +1230,7 @@ def report(folder, of=None):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# A setting is a flag that changes what a run computes. These flags are not settings, or they have
-# their own place in the name of the run.
+# These flags do not change what a run computes, or they have their own place in the run's name.
 NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers", "nmi",
                "report"}
 
