@@ -938,7 +938,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
-    # If all embeddings are equal, MAP@R is therefore 0, and not a matter of the files' order.
+    # Equal embeddings therefore score (nearly) 0 in MAP@R, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
