@@ -1,6 +1,6 @@
-"""Does an image retrieval model look at the object or at the background? This script trains one,
-replaces the backgrounds of its test images, and measures how much of the retrieval is lost. After
-Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
+"""Does an image retrieval model look at the object or at the background? This script trains a
+model, replaces the backgrounds of its test images, and measures how much accuracy that costs. It
+implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
     python bgbias.py                                # toy data, contrastive loss, about a minute
     python bgbias.py --bgaugment                    # the same, with BGAugment
@@ -10,9 +10,9 @@ Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:221
 
 The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
 folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
-default. Its result.json is written last. The same command resumes an interrupted run.
+default. A run writes result.json last. The same command resumes an interrupted run.
 
-The sections, and those of the paper: 1 constants (4), 2 data (4.1), 3 batches, background
+The sections are (the paper's in parentheses): 1 constants (4), 2 data (4.1), 3 batches, background
 replacement and BGAugment (3 and 5), 4 sampler (4), 5 network (4), 6 losses (4.2), 7 metrics (4.3),
 8 test protocol (4.3), 9 training (4), 10 tables (4.3 and 5), 11 command line.
 
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 # ---- 1. Constants --------------------------------------------------------------------------------
 
-# Class-disjoint splits, 0-based labels (Section 4.1).
+# No class is in two splits. Labels start at 0 (Section 4.1).
 SPLITS = {
     "cars196": {"train": range(0, 74), "val": range(74, 98), "test": range(98, 196)},
     "cub200": {"train": range(0, 75), "val": range(75, 100), "test": range(100, 200)},
@@ -59,9 +59,9 @@ COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
 POOL_SIZE = 100  # background photos in each of val/ and test/
 
-# The paper's results, first base, then BGAugment: test MAP@R in % on clean photos; MAP@R with
-# replaced backgrounds and its standard deviation over the draws; attention score and its standard
-# deviation over the images.
+# The paper's results are five numbers for base, then five for BGAugment: test MAP@R in % on clean
+# photos; MAP@R with replaced backgrounds and its standard deviation over the draws; the attention
+# score and its standard deviation over the images.
 PAPER = {tuple(row[:2]): [*map(float, row[2:])] for row in map(str.split, """
 cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
 cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
@@ -87,14 +87,14 @@ TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
-CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # of RandomResizedCrop, Section 4
-DRAWS = 5  # draws of random backgrounds in the test; a validation draws once
+CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # training transform, Section 4
+DRAWS = 5  # random backgrounds per test photo; a validation photo gets one
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
-EVAL_BATCH = 32  # photos; no result depends on it
+EVAL_BATCH = 32  # photos per batch in evaluation; the size does not change the results
 THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
-# A mask is suspicious with less or more foreground than this, or with more grey (10 to 90 %).
-EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15
-MASK_SAMPLE = 200
+# A mask is suspicious if less than EMPTY or more than FULL is foreground, or more than FUZZY grey.
+EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15  # grey: 10 to 90 %
+MASK_SAMPLE = 200  # masks that a run looks at before it starts
 LEAVE_FREE = 0.1  # fraction of the memory that decoded photos leave free
 WORKER_TIMEOUT = 120  # seconds; without it, a full /dev/shm would make us wait forever
 
@@ -105,7 +105,7 @@ INIT, TRAIN, VAL, TEST, STEP = range(5)
 # Network input: channel order, mean and standard deviation, for pixels in [0, 255].
 BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
 RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; it is used to paint over a part of a photo
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which fills the hidden part of a photo
 
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 
@@ -119,14 +119,14 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
+                  if name in Image.OPEN.keys() - NO_PHOTOS}  # every type that the installed Pillow reads
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
 PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
 
 
 def dataset_root(dataset, data):
-    """The folder of a dataset: of a named one in `data`, or the user's own. Raises UserError."""
+    """The root of a named dataset in `data`, or the user's own folder. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
     for place in PLACES.get(dataset, ()):
@@ -137,8 +137,8 @@ def dataset_root(dataset, data):
         raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
                         "folder deeper; put it there (README, Reproduce the paper)")
     if not Path(dataset, "images").is_dir():
-        raise UserError(f"--dataset {dataset}: it has no folder images/; give its parent folder, "
-                        f"or {', '.join(SPLITS)}")
+        raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
+                        f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
@@ -149,7 +149,7 @@ def list_cars196(root):
     if (root / "car_ims").is_dir():
         files = [("cars_annos.mat", "", "relative_im_path")]
     else:
-        test = "cars_test_annos_withlabels.mat"  # not part of the devkit, so it is beside or in it
+        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
         test = test if (root / test).exists() else f"devkit/{test}"
         files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
                  (test, "cars_test", "fname")]
@@ -170,12 +170,11 @@ def list_sop(root):
 
 
 def list_folder(root):
-    """[(path, label)] of root/images/<class>/<photo>, classes and photos sorted by name. Prints
-    what it leaves out."""
+    """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
     listed, left_out, label = [], Counter(), 0
     for folder in visible(root / "images"):
         paths = visible(folder) if folder.is_dir() else [folder]
-        photos = {path: label for path in paths if folder.is_dir() and is_photo(path)}
+        photos = dict.fromkeys(list_photos(folder), label)
         listed += photos.items()
         label += bool(photos)
         left_out["classes without photos"] += folder.is_dir() and not photos
@@ -193,12 +192,10 @@ def visible(folder):
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def is_photo(path):
-    return path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()
-
-
 def list_photos(folder):
-    return [path for path in visible(folder) if is_photo(path)] if folder.is_dir() else []
+    """The sorted paths of the photos in a folder; [] if it is missing or a file."""
+    paths = visible(folder) if folder.is_dir() else []
+    return [path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
 
 
 def mask_path(root, image):
@@ -210,8 +207,9 @@ def mask_path(root, image):
 
 
 def load_splits(dataset, data="data", *, need_masks=True, training=True):
-    """{"train": Split, "val": Split, "test": Split} of a dataset. Without `training`, all classes
-    of a user's folder are for testing. Raises UserError if files are missing. Section 4.1."""
+    """{"train": Split, "val": Split, "test": Split} of a dataset (Section 4.1). Without `training`,
+    all classes of a user's folder are test classes. Without `need_masks`, masks may be missing and
+    classes may be few. Raises UserError if the dataset is incomplete."""
     root = dataset_root(dataset, data)
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
@@ -230,10 +228,10 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
         raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
                         "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
     for name in splits if training else ("test",):
-        photos = np.unique(splits[name].labels, return_counts=True)[1]  # of each class
+        photos = np.unique(splits[name].labels, return_counts=True)[1]  # photos per class
         if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
-            raise UserError(f"{root}: too few classes for {name}; give it at least six folders "
-                            f"{root}/images/<class>/ of photos (two for --epochs 0)")
+            raise UserError(f"{root}: too few classes or photos for {name}; put photos into at "
+                            f"least six folders {root}/images/<class>/ (two for --epochs 0)")
     mask, photos = Counter(masks).most_common(1)[0]
     if photos > 1:
         raise UserError(f"{mask}: two photos share this mask; rename one of them")
@@ -243,25 +241,24 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     for what, paths, remedy in needed[:1 + need_masks]:
         missing = [path for path in paths if not path.is_file()]
         if missing:
-            raise UserError(f"{missing[0]}: this {what} is missing, and {len(missing) - 1:,} more; "
-                            f"{remedy}")
+            raise UserError(f"{missing[0]}: this {what} is missing (missing in total: "
+                            f"{len(missing):,}); {remedy}")
     return splits
 
 
 def open_image(path, read=ImageOps.exif_transpose):
-    """read(image) of the PIL image in a file; by default, the decoded image, upright. Raises
-    UserError."""
+    """read(image) of a file; by default, the decoded and upright PIL image. Raises UserError."""
     # DIFF: images are turned upright as their EXIF tag says.
     try:
         with Image.open(path) as image:
             return read(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
+        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy, "
+                        "then repeat the command") from error
 
 
 def upright_size(image):
-    """(width, height), from the header alone."""
+    """(width, height) of the upright image. Only a TIFF is decoded for it."""
     if image.format == "TIFF":  # whether Pillow turns its size itself depends on the version
         return ImageOps.exif_transpose(image).size
     # Without one of these, a PNG has no tag, and getexif() would decode it to look for one.
@@ -285,8 +282,8 @@ def open_rgb(path):
 
 def open_mask(path):
     """The mask as an upright 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files
-    are accepted too. Raises UserError for colours, transparency, and masks without a value from 128
-    on, except black ones."""
+    are accepted too. Raises UserError for colours, for transparency, and if the largest value is 1
+    to 127: a mask with 1 as foreground would look empty. A black mask is valid."""
     mask = open_image(path)
     channels = mask.split()
     if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
@@ -298,19 +295,19 @@ def open_mask(path):
 
 
 def mask_faults(mask):
-    """Whether a mask is nearly empty, nearly full, fuzzy; and its share of foreground."""
+    """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
     pixels = np.asarray(mask)
     share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
     return share < EMPTY, share > FULL, grey > FUZZY, share
 
 
 def check_masks(splits):
-    """Compares the sizes of all photos and masks, and prints how a sample of the masks looks.
-    Raises UserError if sizes differ, or most masks are nearly empty or nearly full."""
+    """Compares the sizes of all photos and masks, and prints statistics of a sample of the masks.
+    Raises UserError if a size differs, or if most of the sample are nearly empty or nearly full."""
     files = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
     with ThreadPoolExecutor() as threads:
-        sizes = threads.map(lambda path: open_image(path, upright_size), itertools.chain(*files))
-        for (_, mask), size, mask_size in zip(files, sizes, sizes):
+        sizes = threads.map(lambda pair: [open_image(path, upright_size) for path in pair], files)
+        for (_, mask), (size, mask_size) in zip(files, sizes):
             if size != mask_size:
                 raise UserError(f"{mask}: its size is {mask_size}, the photo's is {size}; delete "
                                 "the mask and run masks.py")
@@ -320,24 +317,24 @@ def check_masks(splits):
     print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
           f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
     if 2 * (empty + full) > len(sample):
-        raise UserError("masks: most are nearly empty or full; replace them (masks.py --verify)")
+        raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
 
 
 def list_backgrounds(args, name):
-    """Sorted paths of the pool val or test in --backgrounds. Raises UserError."""
+    """The sorted photos in --backgrounds/val or --backgrounds/test. Raises UserError."""
     # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
-    of_paper = args.dataset in ("cars196", "cub200", "sop") and "backgrounds" not in args.settings
+    of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
     if not pool or (of_paper and len(pool) != POOL_SIZE):
         raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos "
-                        "into its folders val/ and test/")
+                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
+                        "its folders val/ and test/")
     return pool
 
 
-# The toy set, laid out like a user's own folder. Each class is one product (a random pattern) that
-# one seller photographs, nearly always in front of the same backdrop. So the backdrop predicts the
-# class: the bias we want to see.
+# The toy set is laid out like a user's own folder. Each class is one product (a random pattern)
+# that one seller photographs, nearly always in front of the same backdrop. A model can therefore
+# recognise the class by the backdrop. This is the bias that we want to measure.
 
 
 def toy_texture(seed, size):
@@ -352,9 +349,9 @@ def toy_texture(seed, size):
 
 
 def toy_class(rng, photos=20, size=54, share=0.95):
-    """Yields (photo, mask), PIL images, of one class. Its product is a symmetric 5 x 5 grid of two
-    colours. Scale, rotation, position and light are random. The backdrop is its seller's with
-    probability `share`."""
+    """Yields (photo, mask) pairs of one class, as PIL images. The product is a symmetric 5 x 5 grid
+    of two colours. Scale, rotation, position and light are random. With probability `share`, the
+    backdrop is the seller's, and otherwise a random one."""
     half = rng.random((5, 3)) < 0.5
     grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
     tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
@@ -375,7 +372,7 @@ def toy_class(rng, photos=20, size=54, share=0.95):
         yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
 
 
-def draw_toy(root, seed):
+def draw_toy(root, seed=2022):
     """Saves all pictures of the toy set in the folder `root`."""
     pictures = {}
     for label in range(SPLITS["toy"]["test"].stop):
@@ -390,12 +387,12 @@ def draw_toy(root, seed):
         picture.save(Path(root, path))
 
 
-def make_toy(root, seed=2022):
+def make_toy(root):
     """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
     same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
     if not root.exists():
         try:
-            write(root, lambda draft: draw_toy(draft, seed))
+            write(root, draw_toy)
         except OSError:
             if not root.exists():  # otherwise another process was faster
                 raise
@@ -403,7 +400,7 @@ def make_toy(root, seed=2022):
 
 
 def write(path, save):
-    """Calls save(temporary path) and then renames that to `path`, so `path` is always complete."""
+    """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
@@ -419,9 +416,9 @@ def write_text(path, text):
 
 
 class Photos(torch.utils.data.Dataset):
-    """Item i: photo and mask as one (4, H, W) uint8 tensor (R, G, B, mask), resized for crops of
-    `size` px. So both get the same crops and flips. Without `masks`: (3, H, W). With `keep`, photos
-    are decoded now and stay in memory, as many as fit. The rest are decoded on every access."""
+    """Item i: photo and mask in one (4, H, W) uint8 tensor, so that both get the same crops and
+    flips; without masks, (3, H, W). It is resized for crops of `size` px. With `keep`, as many
+    photos as fit in memory are decoded now. The rest are decoded on every access."""
 
     def __init__(self, images, masks, size, *, keep=True):
         self.images, self.masks = images, masks
@@ -480,9 +477,9 @@ class Batches(torch.utils.data.Dataset):
     """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
 
     With a sampler, item n is the n-th batch of the training, and its photos are cropped at random.
-    Without one, for evaluation, items_per_pass items hold all photos in order, cropped at the
-    centre; then the next epoch begins. Backgrounds are drawn with replacement and always take the
-    training transform (Section 4).
+    Without a sampler, for evaluation, items_per_pass items hold all photos in order, cropped at the
+    centre. The following items hold the same photos with other backgrounds. Backgrounds are drawn
+    with replacement and always get the training transform (Section 4).
     """
 
     def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
@@ -494,7 +491,7 @@ class Batches(torch.utils.data.Dataset):
 
     def plan(self, n):
         """[(index of a photo, seed of its random numbers)] of item n."""
-        # DIFF: a batch is a function of the seed and its number, so a resumed run repeats none.
+        # DIFF: a batch depends only on the seed and its number, so a resumed run repeats no batch.
         if self.sampler:
             indices = self.sampler.batch((*self.seed, n))
             return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
@@ -507,7 +504,7 @@ class Batches(torch.utils.data.Dataset):
         photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
         backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
         for k, (index, seed) in enumerate(plan):
-            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it too
+            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
             photo = self.photos[index]
             photos[k] = (random_view(photo, self.size) if self.sampler
                          else TF.center_crop(photo, self.size))
@@ -518,8 +515,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def make_batches(args, split, purpose, *, pool, draws, sampler=None):
-    """The Batches of a Split, with backgrounds from the pool val or test. Test photos are used
-    only once, so we do not keep them in memory."""
+    """The Batches of a Split. Test photos are used only once, so they are not kept in memory."""
     photos = Photos(split.images, split.masks, args.image_size, keep=purpose != TEST)
     backgrounds = Photos(list_backgrounds(args, pool), None, args.image_size) if draws else None
     return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=backgrounds,
@@ -527,9 +523,8 @@ def make_batches(args, split, purpose, *, pool, draws, sampler=None):
 
 
 def loader(batches, args, items=None):
-    """Yields those items of `batches`, on the device. `items` is a range; None is one evaluation
-    pass. --workers processes prepare the items ahead."""
-    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # shares the decoded photos
+    """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
     for item in torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=args.workers,
             sampler=range(batches.items_per_pass) if items is None else items,
@@ -551,8 +546,8 @@ def replace_background(images, masks, backgrounds):
 
 
 def views(images, masks, backgrounds, *, extra):
-    """Yields each condition and a list of its images, one entry per draw of backgrounds: clean,
-    replaced and, with `extra`, object_only and background_only, whose other part is painted over.
+    """Yields (condition, [images]). The conditions are clean, replaced (one entry per draw of
+    backgrounds) and, with `extra`, object_only and background_only, where the rest is painted over.
 
     images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S).
     """
@@ -568,16 +563,17 @@ def views(images, masks, backgrounds, *, extra):
 
 
 class MPerClassSampler:
-    """Batches of `batch_size` indices into `labels`: batch_size / m distinct classes, m images of
-    each, without replacement unless the class has fewer. Raises ValueError if there are too few
-    classes. Section 4."""
+    """Batches of `batch_size` indices into `labels` (Section 4): batch_size / m distinct classes,
+    m images of each, without replacement unless the class has fewer than m. Raises ValueError if
+    there are too few classes, or if m does not divide batch_size."""
 
     def __init__(self, labels, m, batch_size):
         labels = np.asarray(labels)
         self.classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self.m, self.batch_size = m, batch_size
         if batch_size % m or batch_size // m > len(self.classes):
-            raise ValueError(f"no {batch_size} images, {m} each, from {len(self.classes)} classes")
+            raise ValueError(f"a batch of {batch_size} images cannot have {m} per class with "
+                             f"{len(self.classes)} classes")
 
     def batch(self, seed):
         """A list of indices, the same for the same seed (an int or a tuple of ints)."""
@@ -590,9 +586,9 @@ class MPerClassSampler:
 
 
 def images_per_class(loss, batch_size, classes):
-    """The m of a batch: that of IMAGES_PER_CLASS or, with few classes, more. Raises UserError."""
-    # DIFF: with too few classes for a batch, it holds more images of each.
-    # A batch of one class has no negatives, so we take at least two classes if the data has two.
+    """IMAGES_PER_CLASS or, if there are few classes, more. Raises UserError."""
+    # DIFF: if there are too few classes for a batch, it holds more images per class.
+    # A batch of one class has no negatives. So it has two classes or more, unless the data has one.
     least = IMAGES_PER_CLASS[loss]
     for m in range(least, batch_size // min(2, classes) + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
@@ -603,8 +599,8 @@ def images_per_class(loss, batch_size, classes):
 
 # ---- 5. Network ----------------------------------------------------------------------------------
 
+# A block without a 1x1 branch has stride 2.
 BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projection
-    # (without a 1x1 branch the block has stride 2)
     "3a": (192, 64, (64, 64), (64, 96), "avg", 32),
     "3b": (256, 64, (64, 96), (64, 96), "avg", 64),
     "3c": (320, None, (128, 160), (64, 96), "max", None),
@@ -621,7 +617,7 @@ BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projec
 def conv(width, out, kernel, stride=1):
     """A padded convolution."""
     layer = nn.Conv2d(width, out, kernel, stride, kernel // 2)
-    nn.init.kaiming_normal_(layer.weight)  # BatchNorm is frozen and would not scale activations
+    nn.init.kaiming_normal_(layer.weight)  # frozen BatchNorm cannot correct the activations' scale
     return layer
 
 
@@ -663,8 +659,8 @@ class BNInception(nn.Module):
         pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
         branches = [self.branch(x, f"{name}_1x1")] if single else []
         branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
-        double = ("reduce", "1", "2")
-        branches.append(self.branch(x, *(f"{name}_double_3x3_{layer}" for layer in double)))
+        double = f"{name}_double_3x3"
+        branches.append(self.branch(x, f"{double}_reduce", f"{double}_1", f"{double}_2"))
         branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
         return torch.cat(branches, dim=1)
 
@@ -705,8 +701,8 @@ def build_backbone(name, weights):
         pretrained = "DEFAULT" if weights == "imagenet" else None
         network = torchvision.models.get_model(name, weights=pretrained)
     else:
-        raise UserError(f"--backbone {name}: unknown, or without weights {weights}; give a "
-                        "classifier of torchvision, bninception, smallconv or REPO:NAME")
+        raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
+                        "give bninception, smallconv, a torchvision classifier, or REPO:NAME")
     state = {}
     if weights not in ("imagenet", "none"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -721,8 +717,8 @@ def build_backbone(name, weights):
 
 
 class Function(nn.Module):
-    """A function (B, 3, S, S) float32 on the CPU -> (B, features), tensor or array, as a network
-    without parameters and gradients. The function may have the attributes `mean` and `std`."""
+    """Wraps a function as a network without parameters and gradients: (B, 3, S, S) float32 on the
+    CPU -> (B, features), a tensor or an array. It may have the attributes `mean` and `std`."""
 
     def __init__(self, function):
         super().__init__()
@@ -734,7 +730,7 @@ class Function(nn.Module):
 
 def remove_classifier(network):
     """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # GoogLeNet and Inception v3 must return no auxiliary output, and scale their input.
+    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
     network.aux_logits, network.transform_input = False, True
     classifiers = [path for path, layer in network.named_modules() if 1000 in
                    (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
@@ -743,8 +739,8 @@ def remove_classifier(network):
 
 
 def own_scaling(network, name, default):
-    """The attribute `mean` or `std` of a hub network, which is for RGB in [0, 1], scaled to
-    [0, 255]; the default if it has none. Raises UserError."""
+    """The attribute `name` (mean or std) of a hub network, times 255, because hub networks give it
+    for RGB in [0, 1]. If it is missing, the default. Raises UserError if it is not 3 numbers."""
     if not hasattr(network, name):
         return default
     values = torch.as_tensor(getattr(network, name)).detach().float().flatten().tolist()
@@ -754,17 +750,17 @@ def own_scaling(network, name, default):
 
 
 class Embedder(nn.Module):
-    """Backbone, Linear(features, embedding), L2 norm: (B, 3, S, S) normalised -> (B, embedding),
-    unit length. If `embedding` is 0, there is no linear layer. Raises UserError for an unknown
-    backbone, a failed download, or an output that is not (B, features). Section 4."""
+    """Backbone, Linear(features, embedding) and L2 norm (Section 4): (B, 3, S, S) normalised ->
+    (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
+    for an unknown backbone, a failed download, or an output that is not (B, features)."""
 
     def __init__(self, backbone, weights, size, embedding=EMBEDDING):
         super().__init__()
         try:
             self.backbone = build_backbone(backbone, weights)
         except URLError as error:
-            raise UserError(f"--backbone {backbone}: the download of its weights failed ({error}); "
-                            "give --weights FILE, or none for random weights") from error
+            raise UserError(f"--backbone {backbone}: the download failed ({error}); try again, or "
+                            "give a file that you have with --weights FILE") from error
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
         if ":" in backbone:
             network = getattr(self.backbone, "function", self.backbone)
@@ -775,13 +771,13 @@ class Embedder(nn.Module):
         with torch.no_grad():
             output = self.eval().backbone(torch.zeros(2, 3, size, size))
         if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-            raise UserError(f"--backbone {backbone}: 2 images give "
-                            f"{getattr(output, 'shape', type(output))}; return one tensor (images, "
-                            "features)")
+            raise UserError(f"--backbone {backbone}: its output for 2 images is "
+                            f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+                            "(images, features)")
         self.features = output.shape[1]
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
-        self.to(memory_format=torch.channels_last)  # the faster layout, on a CPU too
+        self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
         """(..., 3, H, W) RGB in [0, 255] -> the backbone's input."""
@@ -803,8 +799,8 @@ class Embedder(nn.Module):
 # ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
 
 # Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Class
-# weights, also called proxies, are one vector per class. Pair losses ignore them. The others ignore
-# `lr_loss`, their learning rate, which the optimiser uses. [x]+ is max(x, 0).
+# weights, also called proxies, are one vector per class. Pair losses ignore `weight`. All losses
+# ignore `lr_loss`, the class weights' learning rate, which the optimiser uses. [x]+ is max(x, 0).
 
 
 def pairs(labels):
@@ -871,18 +867,17 @@ def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None)
 
 
 def euclidean(embeddings, others):
-    """Distance of each row to the same row, or to the only row, of `others`: (B, D), (B or 1, D)
-    -> (B,)."""
+    """Distance of each row to the same row, or to the only row: (B, D), (B or 1, D) -> (B,)."""
     return torch.linalg.vector_norm(embeddings - others, dim=1)
 
 
 def cosine(embeddings, others):
-    """1 - cosine similarity, for the same shapes, 0 to 2."""
+    """1 - cosine similarity, from 0 to 2, with the shapes of euclidean()."""
     return 1 - F.cosine_similarity(embeddings, others, dim=1)
 
 
-# A new loss needs an entry in the next three tables, one in CLASS_WEIGHTS if it has class weights,
-# and its hyper-parameters for the dataset that you train on.
+# A new loss needs an entry in the next three tables, in CLASS_WEIGHTS if it has class weights, and
+# in HPARAMS for the dataset that you train on.
 LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": multi_similarity,
           "arcface": arcface, "normalized_softmax": normalized_softmax}
 DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity": cosine,
@@ -891,9 +886,9 @@ IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
                     "arcface": 1, "normalized_softmax": 1}  # in a batch
 CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
 
-# The optima of "A Metric Learning Reality Check" (Musgrave et al. 2020), which the paper uses.
-# Margins are distances (contrastive), differences of distances (triplet), degrees (arcface);
-# lr_loss is the learning rate of the class weights. A user's own folder takes Cars196's.
+# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Margins are
+# distances (contrastive), differences of distances (triplet) and degrees (arcface). A user's own
+# folder uses those of cars196.
 HPARAMS = {
     "cars196": {
         "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
@@ -905,8 +900,8 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative pos_margin is no typo. It makes the term of every positive pair positive, so
-        # nzmean() averages over all of them.
+        # The negative pos_margin is correct. It makes the term of every positive pair greater than
+        # 0, so nzmean() averages over all positive pairs.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -941,29 +936,29 @@ HPARAMS = {
 def retrieval_metrics(embeddings, labels, ks, gallery=None):
     """MAP@R, R-precision, Recall@K, K in `ks`: {"map@r", "r_precision", "recall@1", ...}, 0 to 1.
 
-    embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. With
-    `gallery` (N, D), other embeddings of the same items, it queries those except its own. R is the
-    number of other items with the query's label; queries with R = 0 are left out. Raises ValueError
-    if no query remains, FloatingPointError on nan or inf. Memory is linear in N. Section 4.3.
+    embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. `gallery`
+    (N, D) holds other embeddings of the same items; with it, every item queries the gallery without
+    itself. R is the number of other items with the query's label. Queries with R = 0 are left out.
+    Raises ValueError if no query remains, FloatingPointError on nan or inf. Memory is linear in N.
 
-    All three follow from one quantity, the rank of the i-th nearest right item: i plus the number
-    of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i / rank_i / R,
-    R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
+    All metrics (Section 4.3) follow from the rank of the i-th nearest right item. That rank is i
+    plus the number of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i /
+    rank_i / R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
     """
-    # DIFF: a query's own item is always removed, and never another first hit.
-    # DIFF: at equal distance, wrong items come first.
-    # So an embedding that maps everything to one point scores 0, whatever the order of the files.
+    # DIFF: the query itself is removed from its results, not whatever comes first.
+    # DIFF: at equal distance, wrong items rank before right ones.
+    # Equal embeddings therefore score (nearly) 0 in MAP@R, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=gallery.device)
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings contain nan or inf")
-    order = labels.argsort(stable=True)  # now the items of a class are neighbours
+    order = labels.argsort(stable=True)  # makes the items of a class consecutive
     _, sizes = labels[order].unique_consecutive(return_counts=True)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first item of the class
     others = sizes.repeat_interleave(sizes) - 1  # (N,) R
     center = gallery.mean(dim=0)  # subtracting it preserves distances and saves float32 precision
-    # q . g - |g|^2 / 2 is larger for nearer items g. With one more dimension it is one product.
+    # q . g - |g|^2 / 2 is larger for nearer items g. The extra dimension adds the second term.
     queries = F.pad(embeddings[order] - center, (0, 1), value=1)
     columns = F.pad(gallery[order] - center, (0, 1))
     columns[:, -1] = columns.square().sum(dim=1) / -2
@@ -983,7 +978,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             sums["map@r"] += (found * hits / ranks).sum() / R
             sums["r_precision"] += found.sum() / R
             ties = (right == right[:, :1]).sum(dim=1)
-            first_rank = 1 + near.ge_(right[:, :1]).sum(dim=1) - ties  # exact beyond R, too
+            first_rank = 1 + near.ge_(right[:, :1]).sum(dim=1) - ties  # K may be larger than R
             for k in ks:
                 sums[f"recall@{k}"] += (first_rank <= k).sum()
     if not sums:
@@ -997,8 +992,7 @@ def at_least(values, bounds):
 
 
 def nmi(embeddings, labels, seed):
-    """Normalised mutual information, in [0, 1], of classes and KMeans clusters, as many as classes.
-    """
+    """Normalised mutual information of the classes and as many KMeans clusters, in [0, 1]."""
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -1011,7 +1005,7 @@ def nmi(embeddings, labels, seed):
 
 @torch.no_grad()
 def embed(network, batches, *, extra=False):
-    """{condition: (draws, N, D)} of items of evaluation Batches; draws is 1 except for replaced."""
+    """{condition: (draws, N, D)} of evaluation batches. draws is 1 except for replaced."""
     network.eval()
     embeddings = defaultdict(list)
     for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
@@ -1023,9 +1017,9 @@ def embed(network, batches, *, extra=False):
 
 
 def run_test(network, split, args):
-    """The paper's test protocol (Section 4.3) and more conditions: {condition: [metrics of each
-    draw]}. In `replaced`, all backgrounds are new; in `query`, only the query's. In `object_only`
-    and `background_only`, the other part is painted over. `chance` has random embeddings."""
+    """{condition: [metrics of each draw]}: the paper's clean and replaced (Section 4.3), and more.
+    In `replaced`, all backgrounds are new; in `query`, only the query's is. In `object_only` and
+    `background_only`, the rest is painted over. `chance` uses random embeddings."""
     batches = make_batches(args, split, TEST, pool="test", draws=DRAWS)
     embeddings = embed(network, loader(batches, args), extra=True)
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
@@ -1047,8 +1041,8 @@ def run_test(network, split, args):
 
 
 class State:
-    """The state of a run: `network`, `class_weights` (C, D) or None, `optimiser`, and `history`, a
-    list with a dictionary of results per epoch."""
+    """A run's `network`, `class_weights` (C, D) or None, `optimiser` and `history`, which has one
+    dictionary of results per epoch."""
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
@@ -1064,7 +1058,7 @@ class State:
 
     @property
     def best_epoch(self):
-        """The first epoch with the best validation MAP@R, from 1; 0 before the first epoch."""
+        """The first epoch with the best validation MAP@R, counted from 1; 0 if there is none."""
         scores = [row[self.args.select]["map@r"] for row in self.history]
         return scores.index(max(scores)) + 1 if scores else 0
 
@@ -1091,8 +1085,8 @@ class State:
 
 
 def train(args, splits, state, run):
-    """Epochs of `iterations` batches, each followed by a validation (Section 4). Stops after
-    `patience` epochs without improvement, or after `epochs`. Continues from `state`. Writes
+    """Trains for epochs of `iterations` batches, each followed by a validation (Section 4). Starts
+    from `state`. Stops after `patience` epochs without improvement, or after `epochs`. Writes
     log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
     network = state.network
     train_labels, val_labels = splits["train"].labels, splits["val"].labels
@@ -1101,20 +1095,19 @@ def train(args, splits, state, run):
                                  draws=int(args.bgaugment),
                                  sampler=MPerClassSampler(train_labels, m, args.batch_size))
     val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
-    # Both loaders last until the end of the training. So workers are started only once, and prepare
+    # Both loaders last until the end of the training, so that workers start only once and prepare
     # the next epoch's batches during a validation.
-    items = val_batches.items_per_pass
-    train_loader, val_loader = (
-        loader(batches, args, range(len(state.history) * per_epoch, args.epochs * per_epoch))
-        for batches, per_epoch in ((train_batches, args.iterations), (val_batches, items)))
+    done, steps, items = len(state.history), args.iterations, val_batches.items_per_pass
+    train_loader = loader(train_batches, args, range(done * steps, args.epochs * steps))
+    val_loader = loader(val_batches, args, range(done * items, args.epochs * items))
     while not state.is_finished:
         start = time.monotonic()
         epoch = len(state.history) + 1
         network.train()
         losses = []
-        for step in tqdm(range(args.iterations), f"epoch {epoch}", leave=False, disable=None):
+        for step in tqdm(range(steps), f"epoch {epoch}", leave=False, disable=None):
             photos, backgrounds, labels = next(train_loader)
-            # For dropout, for example. Without workers, next() has used the same generator.
+            # Seeds dropout, so that a resumed run is identical. Without workers, next() seeds too.
             torch.manual_seed(seed_of(args.seed, STEP, epoch, step))
             images, masks = unpack(photos)
             if args.bgaugment:  # the paper's method
@@ -1127,23 +1120,22 @@ def train(args, splits, state, run):
             losses.append(loss.detach())
         loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
         if not math.isfinite(loss):
-            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; lower it")
+            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower lr")
         embedded = embed(network, itertools.islice(val_loader, items))
-        clean = retrieval_metrics(embedded["clean"][0], val_labels, (1,))
-        replaced = retrieval_metrics(embedded["replaced"][0], val_labels, (1,))
+        scores = {condition: retrieval_metrics(draws[0], val_labels, (1,))
+                  for condition, draws in embedded.items()}  # clean and replaced
         seconds = time.monotonic() - start
-        state.history.append({"epoch": epoch, "loss": loss, "clean": clean, "replaced": replaced,
-                              "seconds": seconds})
+        state.history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
         if state.best_epoch == epoch:
             state.save(run / "best.pt", optimiser=False)
-        log = "".join(json.dumps(row) + "\n" for row in state.history)
-        write_text(run / "log.jsonl", log)
+        write_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.history))
         state.save(run / "last.pt", optimiser=True)
         best = state.history[state.best_epoch - 1][args.select]["map@r"]
-        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {100 * clean['map@r']:5.2f}"
-              f"  replaced {100 * replaced['map@r']:5.2f}  best {args.select} {100 * best:5.2f} "
-              f"(epoch {state.best_epoch})  {seconds:.1f} s, at most about "
-              f"{seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
+        clean, replaced = (100 * scores[name]["map@r"] for name in ("clean", "replaced"))
+        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {clean:5.2f}  replaced "
+              f"{replaced:5.2f}  best {args.select} {100 * best:5.2f} (epoch {state.best_epoch})  "
+              f"{seconds:.1f} s, at most about {seconds * (args.epochs - epoch) / 60:.1f} min left",
+              flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
@@ -1151,12 +1143,12 @@ def train(args, splits, state, run):
 CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
 NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost %* is the fall from clean to replaced, in % of
 clean, unless clean is below twice chance. Numbers after ± are standard deviations: over the seeds
-or, with one seed, over the draws of backgrounds (of attention: over the images)."""
+or, with one seed, over the draws of backgrounds (for attention: over the images)."""
 
 
 def read_result(run):
-    """The content of a finished run's result.json. It adds `columns`: {column: values in %, one per
-    draw}; of attention: one score per image."""
+    """The content of a finished run's result.json, and `columns`: {column: values in %, one per
+    draw}. The column attention holds one score per image, not in %."""
     result = json.loads((run / "result.json").read_text())
 
     def draws(condition, metric="map@r"):
@@ -1187,7 +1179,7 @@ def row_name(result):
 
 
 def mean_and_std(values):
-    """The mean and, of several values, the sample standard deviation (ddof 1), as text."""
+    """The mean and, for several values, the sample standard deviation (ddof 1), as text."""
     mean = f"{np.mean(values):.2f}"
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
@@ -1199,7 +1191,8 @@ def table_row(name, results):
         values = [result["columns"][column] for result in results if column in result["columns"]]
         if len(values) == len(results):  # otherwise some seeds have no attention score
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
-    row["lost %"] = row["lost %"] if "nan" not in row["lost %"] else "hardly better than chance"
+    if "nan" in row["lost %"]:
+        row["lost %"] = "hardly better than chance"
     return row
 
 
@@ -1226,8 +1219,8 @@ def as_table(rows):
 
 
 def report(folder, of=None):
-    """Markdown: one table for each dataset, of all finished runs in `folder` beside the paper's
-    (Sections 4.3 and 5); or only the table with the run `of`. Raises UserError without runs."""
+    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5), one
+    per test set; with `of`, only that run's table. Raises UserError if there is no finished run."""
     tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         result = read_result(run)
@@ -1246,18 +1239,17 @@ def report(folder, of=None):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-# A setting is a flag that changes what a run computes. These flags are no settings, or have their
-# own place in the name of the run.
+# These flags do not change what a run computes, or they have their own place in the run's name.
 NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers", "nmi",
                "report"}
 
 
 def parse_args(argv=None):
-    """All arguments, and beside them `settings` (those that differ from their defaults), `hparams`
-    (of the loss) and `name` (of the dataset)."""
+    """The arguments, and three attributes that follow from them: `settings` (those that differ from
+    their defaults), `hparams` (of the loss) and `name` (of the dataset)."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog="Defaults in brackets; those of training are the paper's. For toy: " + ", ".join(
+        epilog="Defaults are in brackets. They are the paper's, except for toy: " + ", ".join(
             f"{key} {value}" for key, value in TOY_DEFAULTS.items()))
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
@@ -1267,34 +1259,33 @@ def parse_args(argv=None):
     add("--backgrounds", type=os.path.normpath, help="folder with photos in val/ and test/ "
         "[DATA/unsplash_backgrounds, or FOLDER/backgrounds]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
-    add("--seed", type=int, default=42, help="fixes every random number" + default)
+    add("--seed", type=int, default=42, help="seed of all random numbers" + default)
     add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
     add("--iterations", type=int, help="batches per epoch" + default)
-    add("--patience", type=int, default=15, help="stop after this many epochs without a better "
-        "validation" + default)
+    add("--patience", type=int, default=15, help="epochs without improvement, then stop" + default)
     add("--batch-size", type=int, default=32, help="images per batch" + default)
     add("--lr", type=float, help="learning rate of the network" + default)
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
-        "calls NAME() in REPO/hubconf.py, REPO a folder or GitHub's owner/repo" + default)
-    add("--weights", help="imagenet (REPO:NAME: those it loads itself), none (random) or "
-        "FILE" + default)
-    add("--embedding", type=int, default=EMBEDDING, help="its size; 0: no linear layer" + default)
+        "calls NAME() in REPO/hubconf.py; REPO is a folder or GitHub's owner/repo" + default)
+    add("--weights", help="imagenet (REPO:NAME loads its own weights), none (random) or FILE"
+        + default)
+    add("--embedding", type=int, default=EMBEDDING, help="size; 0: no linear layer" + default)
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
-    add("--workers", type=int, help="processes that prepare batches [up to 8 for a GPU, else 0]")
+    add("--workers", type=int, help="processes that prepare batches [up to 8 with CUDA, else 0]")
     add("--select", choices=("clean", "replaced"), help="validation score that selects the best "
         "epoch [replaced with --bgaugment, else clean]")
     add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
-    add("--report", metavar="RUNS", help="print the tables of all runs in RUNS, write report.md")
+    add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
     parser.set_defaults(**DEFAULTS)  # the help shows these
     known, _ = parser.parse_known_args(argv)
-    pools = {"toy": Path(known.data, "toy/backgrounds")}
-    pools |= dict.fromkeys(COUNTS.keys() - {"toy"}, Path(known.data, "unsplash_backgrounds"))
+    pools = dict.fromkeys(PLACES, Path(known.data, "unsplash_backgrounds"))
+    pools["toy"] = Path(known.data, "toy/backgrounds")
     parser.set_defaults(
         **TOY_DEFAULTS if known.dataset == "toy" else DEFAULTS,
         backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
         select="replaced" if known.bgaugment else "clean")
-    if ":" in (known.backbone or ""):
+    if ":" in known.backbone:
         parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
     excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
@@ -1306,19 +1297,19 @@ def parse_args(argv=None):
 
 
 def choose_device(args):
-    """Fills in --device and --workers."""
+    """Sets --device and --workers to what this machine has, unless the user gave them."""
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
     device = torch.empty(0, device=args.device).device
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # batches are pinned for this one
+        torch.cuda.set_device(device)  # the data loader pins memory for the current device
     if args.workers is None:
         args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
 
 
 def run_folder(args):
-    """RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, and the settings in the parser's order."""
+    """RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, then the settings in the parser's order."""
     parts = [args.name, args.loss if args.epochs else "untrained",
              "bgaugment" if args.bgaugment else "base", f"s{args.seed}"]
     parts += [f"{key}_{value}" for key, value in args.settings.items()]
@@ -1344,7 +1335,7 @@ def check_config(run, config):
     for key in before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}:
         if before[key] != now[key]:
             raise UserError(f"{run}: its {key} was {before[key]} and is now {now[key]}; restore "
-                            "it, or give another --runs")
+                            "the old value, or give a new folder with --runs")
 
 
 def main(argv=None):
@@ -1370,7 +1361,7 @@ def main(argv=None):
         print(f"{run} is finished; delete its result.json to test it again")
         return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
     check_masks(splits)
-    # A resumed run loads its weights from last.pt, so random weights will do here.
+    # A resumed run loads its weights from last.pt, so we need no download.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     network = state.network
     if args.epochs and isinstance(network.backbone, Function):
@@ -1378,7 +1369,7 @@ def main(argv=None):
     if resumed:
         state.load(run / "last.pt")
     else:
-        (run / "attention.npz").unlink(missing_ok=True)  # its scores are of another network
+        (run / "attention.npz").unlink(missing_ok=True)  # scores of an earlier network
         write_text(run / "config.json", json.dumps(config, indent=2))
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
@@ -1391,7 +1382,7 @@ def main(argv=None):
         state.save(run / "best.pt", optimiser=False)
     result = {**config, "epochs": len(state.history), "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
-    state.load(run / "best.pt")
+    state.load(run / "best.pt")  # its history ends with the best epoch
     labels = splits["test"].labels
     result["test"] = run_test(state.network, splits["test"], args)
     chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
@@ -1403,8 +1394,8 @@ def main(argv=None):
 
 def command(main):
     """Runs a script's main(). A UserError ends in one line on stderr and exit code 2."""
-    with contextlib.suppress(AttributeError):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+    with contextlib.suppress(AttributeError):  # a notebook's stdout has no reconfigure()
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         main()
     except KeyboardInterrupt:

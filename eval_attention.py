@@ -1,14 +1,14 @@
 """Attention score of runs of bgbias.py: what share of the embedding's input gradient falls on the
-object. 1: all of it, 0: as much as chance, negative: the model looks at the background. Section 5
-of "On Background Bias in Deep Metric Learning" (Kobs & Hotho 2022).
+object? A score of 1 means all of it, 0 as much as by chance; below 0, the model looks at the
+background. Section 5 of "On Background Bias in Deep Metric Learning" (Kobs & Hotho 2022).
 
     python eval_attention.py runs/*                       # scores of all test images, one table
     python eval_attention.py runs/toy-contrastive-* --figure attention.png --images 3 --limit 200
     python eval_attention.py runs/toy-contrastive-* --neighbours neighbours.png --images 3
 
-Start it in the folder in which the runs were trained: their result.json says where the data is.
-Scores are saved in RUN/attention.npz (arrays image, score, a, p; score is nan where undefined),
-where bgbias.py --report finds them. They are computed again if best.pt or a mask is newer.
+Start it in the folder in which the runs were trained, because their result.json holds relative
+paths of the data. Scores are saved in RUN/attention.npz (arrays image, score, a, p), where
+bgbias.py --report finds them. An undefined score is nan. A newer best.pt or mask recomputes them.
 """
 
 import argparse
@@ -29,28 +29,28 @@ COPIES = 25  # noisy copies of an image
 SIGMA = 0.15  # standard deviation of the noise, as a fraction of the image's range
 QUANTILE = 0.99  # a map is clipped at this quantile
 
-NOISE, RANDOM, PICK = range(100, 103)  # purposes of random numbers, beside those of bgbias.py
-# Pixels of all copies in a batch (at least one image's). A CPU is fastest if they fit its caches.
+NOISE, RANDOM, PICK = range(100, 103)  # purposes of random numbers; bgbias.py uses 0 to 4
+# Pixels of all copies in a batch of one image or more. A CPU is fastest if they fit in its caches.
 BATCH_PIXELS = {"cpu": 2**19, "gpu": 2**23}
 RESAMPLES = 2000  # of the bootstrap
-SANITY = 200  # images
+SANITY = 200  # images per run of --sanity
 NEIGHBOURS = 5  # photos per row
 CANDIDATES = 1000  # queries from which --worst picks
-WIDTH, GAP, TEXT = 900, 5, 16  # px of a picture; a README shows this width
+WIDTH, GAP, TEXT = 900, 5, 16  # px: picture, between cells, font; a README is about as wide
 BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
-RIGHT, WRONG = "#009e73", "#d55e00"  # colour-blind people too can tell these apart
+RIGHT, WRONG = "#009e73", "#d55e00"  # green and orange that colour-blind people can distinguish
 
 
 # ---- 1. The score --------------------------------------------------------------------------------
 
 
 def attention_map(model, images, black_embedding, distance, generator):
-    """Where the distance to the black image's embedding is sensitive: network input (B, 3, H, W) ->
-    (B, H, W) in [0, 1]. It is 0 everywhere if the distance does not change. Section 5.
+    """How strongly each pixel changes the distance to the embedding of a black image (Section 5):
+    network input (B, 3, H, W) -> (B, H, W) in [0, 1]. A map is 0 if no pixel changes the distance.
 
     model: (N, 3, H, W) -> (N, D), BatchNorm in eval mode. black_embedding: (1, D). distance:
-    bgbias.euclidean or bgbias.cosine. generator: it generates the noise. A list of B generators,
-    one per image, makes an image's noise independent of its batch.
+    bgbias.euclidean or bgbias.cosine. generator: the generator of the noise, or a list of one per
+    image. With a list, the noise of an image does not depend on its batch.
     """
     generators = generator if isinstance(generator, list) else [generator] * len(images)
     noise = torch.stack([
@@ -61,7 +61,7 @@ def attention_map(model, images, black_embedding, distance, generator):
     copies = copies.flatten(0, 1).requires_grad_()  # (B * 25, 3, H, W)
     target = distance(model(copies), black_embedding).sum() / COPIES  # sum of the images' means
     gradient, = torch.autograd.grad(target, copies)  # with respect to the copies only
-    gradient = gradient.mean(dim=1).abs()  # mean over the channels first, then absolute
+    gradient = gradient.mean(dim=1).abs()  # the mean over the channels comes first
     G = gradient.unflatten(0, (-1, COPIES)).sum(dim=1)  # (B, H, W)
     low = G.amin((1, 2))
     high = G.flatten(1).quantile(QUANTILE, dim=1)
@@ -70,9 +70,9 @@ def attention_map(model, images, black_embedding, distance, generator):
 
 
 def attention_score(attention, mask):
-    """(a - p) / (1 - p), where a and p come from shares(): (B, H, W), (B, 1, H, W) in [0, 1],
-    1 = foreground -> (B,). It is nan where it is undefined: p = 1 or no attention anywhere.
-    Section 5."""
+    """(a - p) / (1 - p) with a and p of shares() (Section 5): (B, H, W), (B, 1, H, W) in [0, 1],
+    1 = foreground -> (B,). The score is undefined (nan) if the mask is full, p = 1, or if the
+    attention is 0 everywhere."""
     return above_chance(*shares(attention, mask))
 
 
@@ -110,12 +110,12 @@ def network_of(run, *, trained=True):
     if trained:
         saved = torch.load(run.folder / "best.pt", map_location="cpu", weights_only=True)
         network.load_state_dict(saved["network"])
-    # We need no gradients of weights, and this saves memory in the backward pass.
+    # Without gradients of the weights, the backward pass needs less memory.
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 
 def photos_of(run, rows, *, draws=0):
-    """Batches of the test images with these row numbers."""
+    """Batches of the test images in these rows of run.split."""
     images, masks, labels = run.split
     some = Split([images[row] for row in rows], [masks[row] for row in rows], labels[rows])
     return make_batches(run.args, some, TEST, pool="test", draws=draws)
@@ -147,8 +147,8 @@ def collect_maps(run, rows, network):
 
 
 def score_run(run, limit=None):
-    """{image path: (score, a, p)} of all test images, or of `limit` random ones. The scores of all
-    are saved in RUN/attention.npz, and read from there if they are up to date."""
+    """{image path: (score, a, p)} of all test images, or of `limit` random ones. If all images are
+    scored, the scores are saved in RUN/attention.npz. They are read from there if up to date."""
     file = run.folder / "attention.npz"
     images = [str(path) for path in run.split.images]
     newest = max(path.stat().st_mtime for path in (run.folder / "best.pt", *run.split.masks))
@@ -159,7 +159,7 @@ def score_run(run, limit=None):
             return dict(zip(images, values.tolist()))
     rows, network, scores = sorted(shuffled(run)[:limit]), network_of(run), {}
     if isinstance(network.backbone, bgbias.Function):
-        print(f"{run.folder}: a function has no gradients, so it has no attention score")
+        print(f"{run.folder}: has no attention score, because a function has no gradients")
         return scores
     maps = tqdm(attention_maps(run, rows, network), str(run.folder), len(rows), disable=None)
     for row, (photo, attention) in zip(rows, maps):
@@ -181,7 +181,7 @@ def shuffled(run):
 
 
 def pair_up(runs):
-    """[{"base": Run, "bgaugment": Run}]: runs with no other difference. Either may be missing."""
+    """[{"base": Run, "bgaugment": Run}] of runs that differ in nothing else; one may be missing."""
     pairs = {}
     for run in sorted(runs, key=lambda run: run.args.bgaugment):  # base first
         args, variant = run.args, "bgaugment" if run.args.bgaugment else "base"
@@ -194,8 +194,8 @@ def pair_up(runs):
 
 
 def compare(base, other):
-    """Mean of other - base over the images, the bounds of its 95 % bootstrap interval, and the
-    fraction of images where it is positive. Both are {image: (score, a, p)}. None if no image has
+    """(mean of other - base over the images, lower and upper bound of its 95 % bootstrap interval,
+    fraction of images where it is positive) of two {image: (score, a, p)}. None if no image has
     both scores."""
     gain = np.array([other[image][0] - base[image][0] for image in base if image in other])
     gain = gain[np.isfinite(gain)]
@@ -207,8 +207,8 @@ def compare(base, other):
 
 
 def score_table(pairs, scores):
-    """Text: one row per run and the paper's below; scores {run folder: {image: (score, a, p)}}."""
-    # DIFF: images whose attention score is undefined are left out of the mean and named.
+    """Text: a row per run, above the paper's. scores: {run folder: {image: (score, a, p)}}."""
+    # DIFF: images with an undefined attention score are left out of the mean and listed.
     # DIFF: the attention score's standard deviation has ddof 1, not 0.
     rows, notes = [], []
     for pair in pairs:
@@ -247,8 +247,8 @@ def cell_side(columns):
 
 
 def draw_grid(rows, columns, file):
-    """Writes a PNG of rows (caption, cells). A cell is (uint8 tensor or picture, text, colour of
-    its frame or None). A caption stands above its row."""
+    """Writes a PNG of rows (caption, cells). The caption stands above its row. A cell is (uint8
+    tensor or PIL image, text, colour of its frame or None)."""
     font, px = ImageFont.load_default(TEXT), cell_side(columns)
     heights = [px + GAP + 2 * TEXT * len(caption.splitlines()) for caption, _ in rows]
     canvas = Image.new("RGB", (WIDTH, sum(heights)), "white")
@@ -273,7 +273,7 @@ def draw_grid(rows, columns, file):
 
 
 def draw_attention(pair, count, file):
-    """The picture of --figure: per row an image, its mask and the maps of all runs of the pair."""
+    """Draws --figure: each row shows an image, its mask, and the map of each run of the pair."""
     runs = list(pair.values())
     rows = shuffled(runs[0])[:count]
     drawn = [collect_maps(run, rows, network_of(run)) for run in runs]
@@ -291,7 +291,7 @@ def draw_attention(pair, count, file):
 
 
 def outlined(photo, mask):
-    """The photo with the edge of its mask, where the soft mask crosses one half."""
+    """The photo with a line where its soft mask crosses one half."""
     inside = mask.point(lambda value: 255 * (value >= 128))
     edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)),
                                  inside.filter(ImageFilter.MinFilter(3)))
@@ -307,11 +307,11 @@ def heated(photo, attention):
 
 
 def nearest(run, rows):
-    """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos nearest to the photos
-    `rows`, clean and with a new background: the conditions clean and query (draw 0) of the test."""
+    """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos that are nearest to each
+    photo in `rows`, which is clean or has a new background (draw 0 of the test's `query`)."""
     batches = photos_of(run, range(len(run.split.images)), draws=1)
     embeddings = bgbias.embed(network_of(run), loader(batches, run.args))
-    center = embeddings["clean"][0].mean(dim=0)  # saves precision, as in retrieval_metrics()
+    center = embeddings["clean"][0].mean(dim=0)  # see retrieval_metrics()
     gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
         distances = torch.cdist(queries[rows] - center, gallery)
@@ -322,9 +322,9 @@ def nearest(run, rows):
 
 
 def draw_neighbours(pair, count, file, *, worst):
-    """The picture of --neighbours: each query photo, its mask, the query on a new background, and
-    per run a row of the photos nearest to that. With `worst`, the queries are those that the
-    new background misleads in the first run. Raises UserError if there are none."""
+    """Draws --neighbours: each row shows a query, its mask, the query on a new background, and
+    the photos nearest to the query on the new background, for one run. With `worst`, only queries
+    that the new background misleads in the first run. Raises UserError if there are none."""
     first = next(iter(pair.values()))
     labels = torch.as_tensor(first.split.labels)
     rows = shuffled(first)[:CANDIDATES if worst else count]
@@ -338,7 +338,7 @@ def draw_neighbours(pair, count, file, *, worst):
         queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:count, 0].tolist()
         if not queries:
             raise UserError(f"--worst: new backgrounds mislead no query of {first.folder}; leave "
-                            "--worst out")
+                            "out --worst")
     batches, lines = photos_of(first, range(len(labels)), draws=1), []
     for q in queries:
         photos, backgrounds, _ = batches[rows[q] // EVAL_BATCH]
@@ -357,17 +357,17 @@ def draw_neighbours(pair, count, file, *, worst):
             lines.append((f"{name}{title_of(pair[variant])}: {int(hits.sum())} of {len(hits)} "
                           f"right with the new background, {int(right[variant]['clean'][q].sum())} "
                           f"of {len(hits)} with its original background", cells))
-            cells, name = [BLANK] * 3, ""  # the second row shows the same query
+            cells, name = [BLANK] * 3, ""  # the other run's row has the same query
     draw_grid(lines, 3 + NEIGHBOURS, file)
 
 
-# ---- 5. Can the score be believed? Gradients can mislead (Shah et al. 2021). Beyond the paper. ---
+# ---- 5. Checks beyond the paper, because gradients can mislead (Shah et al. 2021) ----------------
 
 
 @torch.no_grad()
 def occlusion(run, network, rows):
-    """(3, N): how far the embedding moves when a background photo replaces the background; how far
-    when it replaces the object; the share of the image that is object. It uses no gradient."""
+    """(3, N), without gradients: how far the embedding moves when a background photo replaces the
+    background, how far when it replaces the object, and the object's share of the image."""
     moves, distance = [], DISTANCES[run.args.loss]
     for photos, backgrounds, _ in loader(photos_of(run, rows, draws=1), run.args):
         images, masks = bgbias.unpack(photos)
@@ -382,8 +382,8 @@ def occlusion(run, network, rows):
 
 def check_run(run):
     """{column: mean over SANITY test images, as text}. Objects sit in the centre, where every
-    network looks. So we also score against another image's mask (the next one): the difference is
-    attention to *this* object."""
+    network looks. So we also score against another image's mask: the difference is attention to
+    *this* object."""
     rows, values = sorted(shuffled(run)[:SANITY]), {}
     for title, trained in (("score", True), ("random weights", False)):
         photos, maps = collect_maps(run, rows, network_of(run, trained=trained))
@@ -407,7 +407,7 @@ def check_run(run):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
-        epilog="A base and a BGAugment run are compared if nothing else differs between them.")
+        epilog="A base run and a BGAugment run are compared if they differ in nothing else.")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
     add("--limit", type=int, metavar="N", help="score only N random test images, without saving")
@@ -417,8 +417,8 @@ def parse_args(argv=None):
     either.add_argument("--neighbours", type=Path, metavar="PNG", help="draw the nearest photos to "
                         "some queries on new backgrounds; computes no scores")
     add("--images", type=int, default=8, metavar="N", help="images in a picture [%(default)s]")
-    add("--worst", action="store_true", help="of --neighbours: draw queries whose nearest photo is "
-        "right on the original background and wrong on the new one")
+    add("--worst", action="store_true", help="with --neighbours: draw queries whose nearest photo "
+        "is right on the original background and wrong on the new one")
     add("--sanity", action="store_true", help=f"check the score on {SANITY} images of each run")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     return parser.parse_args(argv)
@@ -430,11 +430,11 @@ def main(argv=None):
     if not finished:
         raise UserError(f"{args.runs[0]}: not a finished run; give folders with a result.json")
     for folder in args.runs:
-        if folder not in finished and not Path(folder).is_file():  # RUNS/* also gives logs
+        if folder not in finished and not Path(folder).is_file():  # RUNS/* also matches logs
             print(f"{folder} is left out, because it is not a finished run")
     pairs = pair_up(load_run(folder, args.device) for folder in finished)
     if (args.figure or args.neighbours) and len(pairs) > 1:
-        raise UserError(f"{', '.join(finished)}: too many runs for one picture; give one, or a "
+        raise UserError(f"{', '.join(finished)}: too many runs for one picture; give one run, or a "
                         "base and a BGAugment run that differ in nothing else")
     if args.neighbours:
         return draw_neighbours(pairs[0], args.images, args.neighbours, worst=args.worst)

@@ -1,15 +1,15 @@
-"""Foreground masks of a dataset's images, by rembg's u2net as in the paper, and their quality.
+"""Makes foreground masks of a dataset with rembg's u2net, as in the paper, and checks them.
 
     python masks.py --dataset cub200                       # masks for all images without one
     python masks.py --dataset my_photos --model u2netp     # FOLDER/images/<class>/*.jpg
-    python masks.py --dataset sop --shard 3/8              # images 3, 11, 19, ...: one job of eight
+    python masks.py --dataset sop --shard 3/8              # job 3 of 8: images 3, 11, 19, ...
     python masks.py --dataset cub200 --verify --sheet cub200.png    # look at the existing masks
     python masks.py --check ../gt                          # IoU and overlap with hand-made masks
 
 A mask is a soft 8-bit greyscale PNG of its image's size, 255 = foreground. ROOT/masks mirrors the
-tree of the images (bgbias.mask_path). Interrupt it at any time: the same command makes the missing
-masks. The exit code is 1 if an image failed, or if --verify found a mask missing or wrong. rembg
-downloads a model once, into the folder that the variable U2NET_HOME names.
+tree of the images (bgbias.mask_path). Interrupt this script at any time: the same command makes the
+missing masks. The exit code is 1 if an image failed, or if --verify found a missing or wrong mask.
+rembg downloads a model once, into the folder that the variable U2NET_HOME names.
 """
 
 import argparse
@@ -25,32 +25,32 @@ from tqdm import tqdm
 from bgbias import (THRESHOLD, UserError, command, load_splits, mask_faults, open_image, open_mask,
                     open_rgb, write)
 
-# The models of rembg that run on this machine and give one mask per image. rembg has others, which
-# send the images to a paid service, need prompts, or give several masks.
+# These models of rembg run on this machine and give one mask per image. Its other models send the
+# images to a paid service, need prompts, or give several masks.
 MODELS = ("u2net", "u2netp", "u2net_human_seg", "silueta", "isnet-general-use", "isnet-anime",
           "birefnet-general", "birefnet-general-lite", "birefnet-portrait", "birefnet-dis",
           "birefnet-hrsod", "birefnet-cod", "birefnet-massive", "bria-rmbg")
 CUT_OUT = 0.95  # a photo with more foreground in its alpha channel is no cut-out
-FAULTS = ("missing", "wrong", "failed")
+FAULTS = ("missing", "wrong", "failed")  # states without a usable mask
 SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos per row, px of a tile
 
 # ---- 1. Masks (Section 3) ------------------------------------------------------------------------
 
-# state: new, skipped, present, suspicious or one of FAULTS. note: what is wrong, with the path.
+# state: new, from transparency, skipped, present, suspicious, or in FAULTS. note: path and problem.
 Outcome = namedtuple("Outcome", "state image mask note", defaults=("",))
 
 
 def rembg_model(name):
-    """A function: path of an image -> its mask, a greyscale PIL image. It is soft and not
+    """A function: path of an image -> its mask, a greyscale PIL image. The mask is soft and not
     post-processed, as in the paper. Raises UserError if the model cannot be downloaded."""
-    from rembg import new_session, remove  # here, because this import takes long
+    from rembg import new_session, remove  # here, because the import is slow
 
     try:
         session = new_session(name)  # always named, because rembg's default is not u2net
     except OSError as error:
         raise UserError(f"--model {name}: the download failed ({error}); download {name}.onnx from "
-                        "github.com/danielgatis/rembg/releases/tag/v0.0.0 into a folder and set "
-                        "U2NET_HOME to it") from error
+                        "github.com/danielgatis/rembg/releases/tag/v0.0.0 and set U2NET_HOME to "
+                        "its folder") from error
     print(f"{name} on {session.inner_session.get_providers()[0]}", flush=True)
 
     def segment(image):
@@ -94,8 +94,8 @@ def verify(image, mask):
 
 
 def judge(state, image, mask, pixels):
-    """The Outcome of a readable mask: `state`, or suspicious if it is nearly empty, nearly full, or
-    fuzzy."""
+    """The Outcome of a readable mask: `state`, or suspicious if the mask is nearly empty, nearly
+    full or fuzzy."""
     empty, full, fuzzy, share = mask_faults(pixels)
     if empty or full or fuzzy:
         note = f"{mask}: {share:.1%} foreground{', fuzzy' * bool(fuzzy)}"
@@ -104,7 +104,7 @@ def judge(state, image, mask, pixels):
 
 
 def summarise(outcomes):
-    """Prints how many images are in which state, and the notes about single images."""
+    """Prints the number of images in each state, and the notes on single images."""
     counts = Counter(outcome.state for outcome in outcomes).most_common()
     states = ", ".join(f"{count:,} {state}" for state, count in counts)
     print(f"{len(outcomes):,} images: {states}")
@@ -113,19 +113,19 @@ def summarise(outcomes):
             print(f"  {outcome.state}: {outcome.note}")
 
 
-# ---- 2. Their quality (Section 4) ----------------------------------------------------------------
+# ---- 2. Quality of masks (Section 4) -------------------------------------------------------------
 
 # truth: path of the hand-made mask. image: path or None. mask: PIL image.
 Quality = namedtuple("Quality", "iou overlap truth image mask")
 
 
 def mask_quality(pred, truth):
-    """(IoU, overlap) of two masks (H, W) in [0, 255], thresholded at 128 (Section 4). Overlap: the
-    share of the true mask that `pred` covers. Raises ValueError if the sizes differ or the true
-    mask is empty."""
+    """(IoU, overlap) of two masks (H, W) in [0, 255], thresholded at 128 (Section 4). The overlap
+    is the share of the true mask that `pred` covers. Raises ValueError if the sizes differ or the
+    true mask is empty."""
     pred, truth = np.asarray(pred) >= THRESHOLD, np.asarray(truth) >= THRESHOLD
     if pred.shape != truth.shape:
-        raise ValueError(f"predicted mask (H, W) {pred.shape}, true mask {truth.shape}")
+        raise ValueError(f"the predicted mask is (H, W) {pred.shape}, the true mask {truth.shape}")
     if not truth.any():
         raise ValueError("the true mask is empty")
     both = (pred & truth).sum()
@@ -133,11 +133,11 @@ def mask_quality(pred, truth):
 
 
 def check(folder, model):
-    """[Quality] for every hand-made *_mask.png below `folder`; prints each. The compared mask is
-    *_mask_pred.png or, if that is missing, what `model` makes of *_image.*. Raises UserError."""
+    """[Quality] of every hand-made *_mask.png below `folder`; prints each. It is compared with
+    *_mask_pred.png or, if that is missing, with `model`'s mask of *_image.*. Raises UserError."""
     truths = sorted(Path(folder).rglob("*_mask.png"))
     if not truths:
-        raise UserError(f"--check {folder}: no *_mask.png in it; give a folder that contains some")
+        raise UserError(f"--check {folder}: it contains no *_mask.png; give a folder that does")
     results = []
     segment = None
     print(f"{'IoU':>8s} {'overlap':>8s}")
@@ -152,11 +152,11 @@ def check(folder, model):
             segment = segment or rembg_model(model)
             mask = segment(image)
         else:
-            raise UserError(f"{truth}: neither {pred.name} nor {stem}image.* is beside it; add one")
+            raise UserError(f"{truth}: {pred.name} and {stem}image.* are missing; add one of them")
         try:
             iou, overlap = mask_quality(mask, open_mask(truth))
         except ValueError as error:
-            raise UserError(f"{truth}: {error}; correct it, or remove it") from error
+            raise UserError(f"{truth}: {error}; correct or remove this file") from error
         results.append(Quality(iou, overlap, truth, image, mask))
         print(f"{iou:8.4f} {overlap:8.4f}  {truth}", flush=True)
     return results
@@ -178,7 +178,7 @@ def print_statistics(results):
 
 
 def suspicious_first(outcomes):
-    """The entries of a contact sheet: suspicious masks, then random ones."""
+    """The entries of a contact sheet: suspicious masks come first, then random ones."""
     shown = [outcome for outcome in outcomes if outcome.state not in FAULTS]
     random.Random(0).shuffle(shown)
     shown.sort(key=lambda outcome: outcome.state != "suspicious")
@@ -189,7 +189,7 @@ def suspicious_first(outcomes):
 def contact_sheet(entries, out):
     """Writes the PNG `out`: photo, mask and cut-out of each (path of the photo, mask, caption)."""
     if not entries:
-        raise UserError(f"--sheet {out}: there are no masks to show; make them first")
+        raise UserError(f"--sheet {out}: there are no masks to show; make masks first")
     width, height = 3 * THUMB + 16, THUMB + 20  # of an entry
     rows = -(-len(entries) // ACROSS)
     sheet = Image.new("RGB", (ACROSS * width, rows * height), "white")
@@ -212,19 +212,19 @@ def contact_sheet(entries, out):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Foreground masks with rembg, and their quality (Kobs & Hotho, 2022).",
+        description="Make foreground masks with rembg, or check masks (Kobs & Hotho 2022).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--dataset", help="cars196, cub200, sop, or a folder with images/<class>/")
-    either.add_argument("--check", metavar="FOLDER", help="compare *_mask_pred.png, or if it is "
-                        "missing what --model makes of *_image.*, with the hand-made *_mask.png")
+    either.add_argument("--check", metavar="FOLDER", help="compare hand-made *_mask.png with "
+                        "*_mask_pred.png, or with what --model makes of *_image.*")
     add("--data", default="data", help="folder that holds the named datasets")
     add("--model", default="u2net", choices=MODELS, help="a model of rembg; the paper's is u2net")
-    add("--shard", default="1/1", metavar="I/N", help="every N-th image from the I-th")
-    add("--verify", action="store_true", help="make no masks, check the existing ones")
-    add("--sheet", type=Path, metavar="OUT.png", help=f"contact sheet of {SHEET}: suspicious masks "
-        "first, or with --check the worst first")
+    add("--shard", default="1/1", metavar="I/N", help="process every N-th image from the I-th on")
+    add("--verify", action="store_true", help="check the existing masks instead of making masks")
+    add("--sheet", type=Path, metavar="OUT.png", help=f"draw a contact sheet of {SHEET} masks, "
+        "suspicious masks first, or with --check the worst first")
     return parser.parse_args(argv)
 
 

@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# All 30 runs of the paper, from the downloads to the tables, unattended. Start it in this folder:
+# Does the paper's 30 runs unattended, from the downloads to the tables. Start it in this folder:
 #
 #   bash run_all.sh                      all stages: data, masks, train, attention, report
 #   bash run_all.sh toy                  the same five losses x 2 on the toy set
 #   bash run_all.sh train report cub200  some stages, some datasets (or FOLDER with images/<class>/)
-#   bash run_all.sh --dry-run            only prints the commands
+#   bash run_all.sh --dry-run            prints the commands, runs nothing
 #   LOSSES="contrastive triplet" SEEDS="42 43 44" GPUS="0 1" bash run_all.sh cub200
 #
-#   bash run_all.sh data masks           under SLURM: first this, then one task per run, then report
+#   bash run_all.sh data masks           under SLURM: first this, then a task per run, then a report
 #   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G run_all.sh
 #   sbatch --dependency=afterany:JOB run_all.sh report
 #
-# Each GPU (default: all visible ones) does one run at a time. The same command again skips finished
-# runs and resumes interrupted ones. Failures stop only what depends on them and are listed at the
-# end (exit code 1). DATA and RUNS name other folders than data and runs. FLAGS holds more flags for
-# bgbias.py, such as FLAGS="--lr 1e-5"; such runs have their own folders.
+# Each GPU (default: all visible GPUs) does one run at a time. The same command skips finished runs
+# and resumes interrupted runs. A failure stops only what depends on it. Failures are listed at the
+# end (exit code 1). DATA and RUNS replace the folders data/ and runs/. FLAGS holds more flags for
+# bgbias.py, such as FLAGS="--lr 1e-5"; these runs have their own folders.
 set -euo pipefail
 
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
-plan() {  # prints the jobs of $stage for $dataset, one per line: the name of its log, its command
+plan() {  # prints the jobs of $stage for $dataset, one per line: NAME COMMAND, NAME.log is the log
     local name=$dataset seed loss augment variant run
     if [ -d "$dataset/images" ]; then name=$(cd "$dataset" && basename "$PWD"); fi
     if grep -Fq -e "  data-$name: " -e "  masks-$name: " <<<"$failed"; then return; fi
     case $stage-$dataset in
         data-cars196 | data-cub200 | data-sop | data-backgrounds | data-weights)
             echo "data-$dataset fetch $dataset" ;;
-        data-* | masks-toy) ;;  # a folder exists already, and toy is drawn with its masks
+        data-* | masks-toy) ;;  # nothing to do: a FOLDER exists, and toy is drawn with its masks
         masks-*) echo "masks-$name python masks.py --dataset $dataset --data $DATA" ;;
         train-* | attention-*)
             for seed in $SEEDS; do for loss in $LOSSES; do for augment in "" " --bgaugment"; do
                 variant=${augment:+bgaugment}
                 run=$name-$loss-${variant:-base}-s$seed
                 if [ "$stage" = attention ]; then
-                    echo "$run python eval_attention.py $RUNS/$run/ $RUNS/$run-*/"  # * is for FLAGS
+                    echo "$run python eval_attention.py $RUNS/$run/ $RUNS/$run-*/"  # *: see FLAGS
                 else
                     echo "$run python bgbias.py --dataset $dataset --loss $loss$augment" \
                         "--seed $seed --data $DATA --runs $RUNS${FLAGS:+ $FLAGS}"
@@ -46,7 +46,7 @@ plan() {  # prints the jobs of $stage for $dataset, one per line: the name of it
 work() {  # work GPU NAME COMMAND: runs a job, then returns the GPU and the error, if any
     local log=$RUNS/$2.log reason=
     say "$2: $stage on GPU $1, log in $log"
-    # shellcheck disable=SC2048  # expands the * of attention
+    # shellcheck disable=SC2048  # unquoted, so that the * of attention expands
     (CUDA_VISIBLE_DEVICES=$1 ${*:3}) >>"$log" 2>&1 </dev/null ||
         reason="$2: $stage FAILED, exit code $?, $(tail -n 1 "$log" 2>&1 || true)"
     say "${reason:-$2: $stage is done}"
@@ -69,7 +69,7 @@ stop() {  # ends the jobs and their processes, then this script
 fetch() {  # fetch WHAT: downloads it, unless it exists
     case $1 in
         cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "cars196 has no download; put it into $DATA/cars196 as README says" ;;
+            die "cars196: it cannot be downloaded; put it into $DATA/cars196 (see README)" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
         sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
@@ -89,7 +89,7 @@ get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive,
         curl -fsSL --connect-timeout 30 --speed-limit 1 --speed-time 60 --retry 3 \
             --continue-at - --output "$archive.part" "$4" || {
             [ $? != 33 ] || rm "$archive.part"  # 33: the server cannot resume it
-            die "$4: the download failed; try again, or put that file at $archive"; }
+            die "$4: the download failed; try again, or save that file as $archive"; }
         mv "$archive.part" "$archive"
     fi
     [[ $(md5sum <"$archive") == "$3"* ]] || die "$archive: its md5 is not $3; delete it"
@@ -103,7 +103,7 @@ get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive,
 trap stop HUP INT TERM USR1 USR2  # SLURM sends the last two before a time limit
 : "${DATA:=data}" "${RUNS:=runs}" "${SEEDS:=42}" "${FLAGS:=}"
 : "${LOSSES:=contrastive triplet multi_similarity arcface normalized_softmax}"
-[ -e bgbias.py ] || die "bgbias.py is not here; start in its folder"
+[ -e bgbias.py ] || die "bgbias.py: not in this folder; start run_all.sh in its own folder"
 [[ $DATA$RUNS != *[[:space:]]* ]] || die "DATA, RUNS: spaces in a name; give other folders"
 dry='' stages='' datasets='' failed=''
 for word; do
@@ -123,11 +123,11 @@ task=${SLURM_ARRAY_TASK_ID:-}
 if [ "$task" ]; then : "${stages:=train attention}"; fi
 count_gpus="import torch; print(*range(torch.cuda.device_count()))"
 [ "$dry" ] || visible=$(python -c "$count_gpus" 2>/dev/null) ||
-    die "python has no torch; activate the environment, or install requirements.txt"
+    die "python: torch is missing; activate the environment, or install requirements.txt"
 export CUDA_DEVICE_ORDER=PCI_BUS_ID  # number GPUs as nvidia-smi does
 GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES-${visible-}}}
 IFS=', ' read -ra gpus <<<"${GPUS:-none}"
-exec 3<> <(:)  # a pipe that holds the free GPUs
+exec 3<> <(:)  # a pipe that holds the free GPUs, each with the error of its last job
 for stage in ${stages:-data masks train attention report}; do
     wanted=$datasets
     if [ "$stage" = report ]; then
@@ -138,7 +138,7 @@ for stage in ${stages:-data masks train attention report}; do
         wanted+=" backgrounds weights"
     fi
     plan=$(for dataset in $wanted; do plan; done | sed -n "${task:+$((task + 1))}p")
-    if [ "$task" ] && [ ! "$plan" ]; then die "--array: there is no run $task; give fewer"; fi
+    if [ "$task" ] && [ ! "$plan" ]; then die "--array: run $task does not exist; give fewer"; fi
     if [ ! "$plan" ]; then continue; fi
     if [ "$dry" ]; then cut -d ' ' -f 2- <<<"$plan"; continue; fi
     mkdir -p "$DATA" "$RUNS"
