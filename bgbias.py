@@ -119,7 +119,7 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN.keys() - NO_PHOTOS}  # every type that the installed Pillow reads
+                  if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
 PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
@@ -335,8 +335,6 @@ def list_backgrounds(args, name):
 # The toy set is laid out like a user's own folder. Each class is one product (a random pattern)
 # that one seller photographs, nearly always in front of the same backdrop. A model can therefore
 # recognise the class by the backdrop. This is the bias that we want to measure.
-
-
 def toy_texture(seed, size):
     """A backdrop, (size, size) PIL image: distorted waves between two random colours."""
     rng = np.random.default_rng(seed)
@@ -372,7 +370,7 @@ def toy_class(rng, photos=20, size=54, share=0.95):
         yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
 
 
-def draw_toy(root, seed=2022):
+def draw_toy(root, seed):
     """Saves all pictures of the toy set in the folder `root`."""
     pictures = {}
     for label in range(SPLITS["toy"]["test"].stop):
@@ -387,12 +385,12 @@ def draw_toy(root, seed=2022):
         picture.save(Path(root, path))
 
 
-def make_toy(root):
+def make_toy(root, seed=2022):
     """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
     same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
     if not root.exists():
         try:
-            write(root, draw_toy)
+            write(root, lambda draft: draw_toy(draft, seed))
         except OSError:
             if not root.exists():  # otherwise another process was faster
                 raise
@@ -763,8 +761,9 @@ class Embedder(nn.Module):
                             "give a file that you have with --weights FILE") from error
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
         if ":" in backbone:
-            network = getattr(self.backbone, "function", self.backbone)
-            mean, std = own_scaling(network, "mean", mean), own_scaling(network, "std", std)
+            own = self.backbone
+            own = own.function if isinstance(own, Function) else own
+            mean, std = own_scaling(own, "mean", mean), own_scaling(own, "std", std)
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -1332,7 +1331,7 @@ def check_config(run, config):
     """Raises UserError if the run was begun with other settings, hyper-parameters or data."""
     before, now = ({**c["args"], "fingerprint of the data": c["fingerprint"]}
                    for c in (json.loads((run / "config.json").read_text()), config))
-    for key in before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}:
+    for key in sorted(before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}):
         if before[key] != now[key]:
             raise UserError(f"{run}: its {key} was {before[key]} and is now {now[key]}; restore "
                             "the old value, or give a new folder with --runs")

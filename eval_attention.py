@@ -194,9 +194,8 @@ def pair_up(runs):
 
 
 def compare(base, other):
-    """(mean of other - base over the images, lower and upper bound of its 95 % bootstrap interval,
-    fraction of images where it is positive) of two {image: (score, a, p)}. None if no image has
-    both scores."""
+    """(mean of other - base, bounds of its 95 % bootstrap interval, fraction of images where it is
+    positive) of two {image: (score, a, p)}; None if no image has both scores."""
     gain = np.array([other[image][0] - base[image][0] for image in base if image in other])
     gain = gain[np.isfinite(gain)]
     if len(gain) == 0:
@@ -322,9 +321,8 @@ def nearest(run, rows):
 
 
 def draw_neighbours(pair, count, file, *, worst):
-    """Draws --neighbours: each row shows a query, its mask, the query on a new background, and
-    the photos nearest to the query on the new background, for one run. With `worst`, only queries
-    that the new background misleads in the first run. Raises UserError if there are none."""
+    """Draws --neighbours: a row shows a query, its mask, the query on a new background and, for one
+    run, the photos nearest to that. With `worst`, only queries that the new background misleads."""
     first = next(iter(pair.values()))
     labels = torch.as_tensor(first.split.labels)
     rows = shuffled(first)[:CANDIDATES if worst else count]

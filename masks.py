@@ -59,8 +59,7 @@ def rembg_model(name):
 
 
 def alpha_of(image):
-    """The alpha channel of a cut-out, which is its mask. None for an opaque photo, also if only its
-    corners are transparent."""
+    """The alpha channel of a cut-out, which is its mask; None for other photos."""
     alpha = open_image(image).convert("RGBA").getchannel("A")
     return alpha if 0 < (np.asarray(alpha) >= THRESHOLD).mean() < CUT_OUT else None
 
@@ -94,8 +93,7 @@ def verify(image, mask):
 
 
 def judge(state, image, mask, pixels):
-    """The Outcome of a readable mask: `state`, or suspicious if the mask is nearly empty, nearly
-    full or fuzzy."""
+    """The Outcome of a readable mask: `state`, or suspicious if mask_faults() finds one."""
     empty, full, fuzzy, share = mask_faults(pixels)
     if empty or full or fuzzy:
         note = f"{mask}: {share:.1%} foreground{', fuzzy' * bool(fuzzy)}"
