@@ -246,25 +246,15 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     return splits
 
 
-def open_image(path, read=ImageOps.exif_transpose):
-    """read(image) of a file; by default, the decoded and upright PIL image. Raises UserError."""
+def open_image(path):
+    """The decoded PIL image of a file, upright. Raises UserError."""
     # DIFF: images are turned upright as their EXIF tag says.
     try:
         with Image.open(path) as image:
-            return read(image)
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy, "
-                        "then repeat the command") from error
-
-
-def upright_size(image):
-    """(width, height) of the upright image. Only a TIFF is decoded for it."""
-    if image.format == "TIFF":  # whether Pillow turns its size itself depends on the version
-        return ImageOps.exif_transpose(image).size
-    # Without one of these, a PNG has no tag, and getexif() would decode it to look for one.
-    tags = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
-    turned = (tags or image.format != "PNG") and 5 <= image.getexif().get(0x0112, 1) <= 8
-    return image.size[::-1] if turned else image.size
+        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
+                        "the same name, and the same command resumes") from error
 
 
 def open_rgb(path):
@@ -302,17 +292,11 @@ def mask_faults(mask):
 
 
 def check_masks(splits):
-    """Compares the sizes of all photos and masks, and prints statistics of a sample of the masks.
-    Raises UserError if a size differs, or if most of the sample are nearly empty or nearly full."""
-    files = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
-    with ThreadPoolExecutor() as threads:
-        sizes = threads.map(lambda pair: [open_image(path, upright_size) for path in pair], files)
-        for (_, mask), (size, mask_size) in zip(files, sizes):
-            if size != mask_size:
-                raise UserError(f"{mask}: its size is {mask_size}, the photo's is {size}; delete "
-                                "the mask and run masks.py")
-    sample = np.random.default_rng(0).permutation(len(files))[:MASK_SAMPLE]
-    faults = np.array([mask_faults(open_mask(files[i][1])) for i in sample])
+    """Prints statistics of a sample of the masks. Raises UserError if most of them are nearly empty
+    or nearly full."""
+    masks = [mask for split in splits.values() for mask in split.masks]
+    sample = np.random.default_rng(0).permutation(len(masks))[:MASK_SAMPLE]
+    faults = np.array([mask_faults(open_mask(masks[i])) for i in sample])
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
     print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
           f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
@@ -435,6 +419,13 @@ class Photos(torch.utils.data.Dataset):
                     break
                 self.kept.append(photo)
 
+    def check(self):
+        """Decodes all photos once. Raises UserError if one is damaged."""
+        with ThreadPoolExecutor() as threads:
+            for _ in tqdm(threads.map(self.decode, range(len(self))), "checking", len(self),
+                          leave=False, disable=None):
+                pass
+
     def __len__(self):
         return len(self.images)
 
@@ -445,6 +436,9 @@ class Photos(torch.utils.data.Dataset):
         planes = [open_rgb(self.images[i])]
         if self.masks is not None:
             planes.append(open_mask(self.masks[i]))
+            if planes[0].size != planes[1].size:
+                raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
+                                f"{planes[0].size}; delete the mask and run masks.py")
         return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
 
 
@@ -1155,7 +1149,7 @@ def read_result(run):
 
     columns = {name.replace("_", " "): draws(name) for name in CONDITIONS}
     clean, replaced = draws("clean")[0], np.mean(draws("replaced"))
-    at_chance = clean < 2 * np.mean(draws("chance"))  # then there is nothing to lose
+    at_chance = clean <= 2 * np.mean(draws("chance"))  # then there is nothing to lose
     columns["lost %"] = [math.nan if at_chance else 100 * (1 - replaced / clean)]
     columns |= {f"R@1 {name}": draws(name, "recall@1") for name in ("clean", "replaced")}
     if (run / "attention.npz").exists():
@@ -1360,6 +1354,8 @@ def main(argv=None):
         print(f"{run} is finished; delete its result.json to test it again")
         return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
     check_masks(splits)
+    if args.epochs:  # otherwise a damaged test photo would be found only after the training
+        make_batches(args, splits["test"], TEST, pool="test", draws=DRAWS).photos.check()
     # A resumed run loads its weights from last.pt, so we need no download.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     network = state.network
@@ -1386,7 +1382,7 @@ def main(argv=None):
     result["test"] = run_test(state.network, splits["test"], args)
     chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "
-                        f"photos, chance {chance:.1f} %, data {config['fingerprint']}")
+                        f"photos, chance {chance:.2g} %, data {config['fingerprint']}")
     write_text(run / "result.json", json.dumps(result, indent=2))
     print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
 

@@ -332,7 +332,7 @@ def test_table(runs, capsys):
     assert [row[""] for row in rows] == ["base", "bgaugment"]
     base, other = ([score for score in saved_scores(run).values() if np.isfinite(score)] for run in runs)
     for row, scores in zip(rows, (base, other)):
-        assert row["images"] == str(N)
+        assert row["images"] == str(len(scores))
         assert row["attention"] == f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}"
     gains = [after - before for before, after in zip(base, other)]
     gain, low, high = map(float, re.findall(r"[+-]\d\.\d+", rows[1]["BGAugment - base [95 %]"]))

@@ -324,7 +324,7 @@ def test_a_function_is_tested_like_a_network(root, functions, capsys, name):
 
 
 def test_a_function_can_neither_be_trained_nor_scored(root, functions, failure, capsys):
-    folder, _ = functions
+    folder = functions[0]
     line = failure(command(root, f"--epochs 1 --backbone {folder}:plain", "failed"))
     assert f"--backbone {folder}:plain" in line and "--epochs 0" in line and not (root / "failed").exists()
     run, other = (finish(root, f"{UNTRAINED} --backbone {folder}:{name}") for name in ("plain", "module"))
@@ -333,6 +333,7 @@ def test_a_function_can_neither_be_trained_nor_scored(root, functions, failure, 
     note, *table = capsys.readouterr().out.splitlines()
     assert str(run) in note and [line.split("|")[2].strip() for line in table[2:4]] == ["0", "66"]
     assert not (run / "attention.npz").exists() and (other / "attention.npz").exists()
+    assert str(run) in failure([run, "--figure", root / "a.png", "--device", "cpu"], main=eval_attention.main)
 
 
 # ---- Its weights ---------------------------------------------------------------------------------

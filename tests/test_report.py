@@ -29,7 +29,7 @@ def make_run(root, flags, clean=0.2, replaced=(0.1,) * 5, *, chance=0.01, tested
     """The files of a finished run. `scores` are the attention scores of its images."""
     args = bgbias.parse_args(shlex.split(f"--runs {root} {flags}"))
     values = {"clean": [clean], "replaced": replaced, "query": [0.15, 0.15, 0.15, 0.15, 0.20],
-              "object_only": [0.18], "background_only": [0.03], "chance": [chance]}
+              "object_only": [0.18], "background_only": [0.03], "chance": [0, 2 * chance]}
     test = {condition: [*map(draw, draws)] for condition, draws in values.items()}
     run = bgbias.run_folder(args)
     run.mkdir(parents=True)
