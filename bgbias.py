@@ -284,6 +284,15 @@ def open_mask(path):
     return mask.convert("L")
 
 
+def open_pair(image, mask):
+    """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
+    photo, opened = open_rgb(image), open_mask(mask)
+    if photo.size != opened.size:
+        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
+                        "the mask and run masks.py")
+    return photo, opened
+
+
 def mask_faults(mask):
     """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
     pixels = np.asarray(mask)
@@ -319,6 +328,8 @@ def list_backgrounds(args, name):
 # The toy set is laid out like a user's own folder. Each class is one product (a random pattern)
 # that one seller photographs, nearly always in front of the same backdrop. A model can therefore
 # recognise the class by the backdrop. This is the bias that we want to measure.
+
+
 def toy_texture(seed, size):
     """A backdrop, (size, size) PIL image: distorted waves between two random colours."""
     rng = np.random.default_rng(seed)
@@ -409,22 +420,21 @@ class Photos(torch.utils.data.Dataset):
         if not keep:
             return
         # DIFF: photos are resized once per run, not on every access.
-        with ThreadPoolExecutor() as threads:
-            decoded = threads.map(self.decode, range(len(self)))
-            for photo in tqdm(decoded, "decoding", len(self), leave=False, disable=None):
-                if free_memory() < LEAVE_FREE:
-                    print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay in "
-                          "memory, the rest are decoded on every access (--workers helps)")
-                    threads.shutdown(cancel_futures=True)  # otherwise they would decode the rest
-                    break
-                self.kept.append(photo)
+        for photo in self.decode_all("decoding"):
+            if free_memory() < LEAVE_FREE:
+                print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay in "
+                      "memory, the rest are decoded on every access (--workers helps)")
+                break
+            self.kept.append(photo)
 
-    def check(self):
-        """Decodes all photos once. Raises UserError if one is damaged."""
-        with ThreadPoolExecutor() as threads:
-            for _ in tqdm(threads.map(self.decode, range(len(self))), "checking", len(self),
-                          leave=False, disable=None):
-                pass
+    def decode_all(self, title):
+        """Yields all items in order. Threads decode them ahead, until the caller stops."""
+        threads = ThreadPoolExecutor()
+        try:
+            decoded = threads.map(self.decode, range(len(self)))
+            yield from tqdm(decoded, title, len(self), leave=False, disable=None)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def __len__(self):
         return len(self.images)
@@ -433,12 +443,8 @@ class Photos(torch.utils.data.Dataset):
         return self.kept[i] if i < len(self.kept) else self.decode(i)
 
     def decode(self, i):
-        planes = [open_rgb(self.images[i])]
-        if self.masks is not None:
-            planes.append(open_mask(self.masks[i]))
-            if planes[0].size != planes[1].size:
-                raise UserError(f"{self.masks[i]}: its size is {planes[1].size}, the photo's is "
-                                f"{planes[0].size}; delete the mask and run masks.py")
+        image = self.images[i]
+        planes = [open_rgb(image)] if self.masks is None else open_pair(image, self.masks[i])
         return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
 
 
@@ -471,8 +477,7 @@ class Batches(torch.utils.data.Dataset):
     With a sampler, item n is the n-th batch of the training, and its photos are cropped at random.
     Without a sampler, for evaluation, items_per_pass items hold all photos in order, cropped at the
     centre. The following items hold the same photos with other backgrounds. Backgrounds are drawn
-    with replacement and always get the training transform (Section 4).
-    """
+    with replacement and always get the training transform (Section 4)."""
 
     def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
@@ -540,9 +545,7 @@ def replace_background(images, masks, backgrounds):
 def views(images, masks, backgrounds, *, extra):
     """Yields (condition, [images]). The conditions are clean, replaced (one entry per draw of
     backgrounds) and, with `extra`, object_only and background_only, where the rest is painted over.
-
-    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S).
-    """
+    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S)."""
     yield "clean", [images]
     yield "replaced", [replace_background(images, masks, drawn) for drawn in backgrounds]
     if extra:
@@ -1009,24 +1012,23 @@ def embed(network, batches, *, extra=False):
     return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
 
 
-def run_test(network, split, args):
+def run_test(network, batches, args):
     """{condition: [metrics of each draw]}: the paper's clean and replaced (Section 4.3), and more.
     In `replaced`, all backgrounds are new; in `query`, only the query's is. In `object_only` and
     `background_only`, the rest is painted over. `chance` uses random embeddings."""
-    batches = make_batches(args, split, TEST, pool="test", draws=DRAWS)
-    embeddings = embed(network, loader(batches, args), extra=True)
+    embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
     scores = defaultdict(list)
     for condition, draws in embeddings.items():
         for draw in draws:
-            scores[condition].append(retrieval_metrics(draw, split.labels, ks))
+            scores[condition].append(retrieval_metrics(draw, labels, ks))
             if args.nmi:
-                scores[condition][-1]["nmi"] = nmi(draw, split.labels, args.seed)
+                scores[condition][-1]["nmi"] = nmi(draw, labels, args.seed)
     clean = embeddings["clean"][0]
-    scores["query"] = [retrieval_metrics(draw, split.labels, ks, gallery=clean)
+    scores["query"] = [retrieval_metrics(draw, labels, ks, gallery=clean)
                        for draw in embeddings["replaced"]]
     noise = torch.randn(DRAWS, len(clean), EMBEDDING, generator=torch.Generator().manual_seed(0))
-    scores["chance"] = [retrieval_metrics(draw, split.labels, ks) for draw in noise]
+    scores["chance"] = [retrieval_metrics(draw, labels, ks) for draw in noise]
     return dict(scores)
 
 
@@ -1354,8 +1356,10 @@ def main(argv=None):
         print(f"{run} is finished; delete its result.json to test it again")
         return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
     check_masks(splits)
+    test_batches = make_batches(args, splits["test"], TEST, pool="test", draws=DRAWS)
     if args.epochs:  # otherwise a damaged test photo would be found only after the training
-        make_batches(args, splits["test"], TEST, pool="test", draws=DRAWS).photos.check()
+        for _ in test_batches.photos.decode_all("checking"):
+            pass
     # A resumed run loads its weights from last.pt, so we need no download.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     network = state.network
@@ -1379,7 +1383,7 @@ def main(argv=None):
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")  # its history ends with the best epoch
     labels = splits["test"].labels
-    result["test"] = run_test(state.network, splits["test"], args)
+    result["test"] = run_test(state.network, test_batches, args)
     chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "
                         f"photos, chance {chance:.2g} %, data {config['fingerprint']}")

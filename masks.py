@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from bgbias import (THRESHOLD, UserError, command, load_splits, mask_faults, open_image, open_mask,
-                    open_rgb, write)
+                    open_pair, open_rgb, write)
 
 # These models of rembg run on this machine and give one mask per image. Its other models send the
 # images to a paid service, need prompts, or give several masks.
@@ -83,12 +83,9 @@ def verify(image, mask):
     if not mask.exists():
         return Outcome("missing", image, mask, str(mask))
     try:
-        saved, size = open_mask(mask), open_rgb(image).size
+        _, saved = open_pair(image, mask)
     except UserError as error:
         return Outcome("wrong", image, mask, str(error))
-    if saved.size != size:
-        return Outcome("wrong", image, mask, f"{mask}: its size is {saved.size}, the photo's is "
-                       f"{size}; delete it and run masks.py")
     return judge("present", image, mask, saved)
 
 
