@@ -3,7 +3,6 @@ model, replaces the backgrounds of its test images, and measures how much accura
 implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
     python bgbias.py                                # toy data, contrastive loss, about a minute
-    python bgbias.py --bgaugment                    # the same, with BGAugment
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
     python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
@@ -12,13 +11,9 @@ The defaults are the paper's settings, except for the toy set, which has its own
 folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
 default. A run writes result.json last. The same command resumes an interrupted run.
 
-The sections are (the paper's in parentheses): 1 constants (4), 2 data (4.1), 3 batches, background
-replacement and BGAugment (3 and 5), 4 sampler (4), 5 network (4), 6 losses (4.2), 7 metrics (4.3),
-8 test protocol (4.3), 9 training (4), 10 tables (4.3 and 5), 11 command line.
-
 Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
 Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
-A comment with the tag DIFF marks a difference from the authors' code. The README lists them all.
+Sections in parentheses are the paper's. DIFF marks a difference from the authors' code (README).
 """
 
 import argparse
@@ -89,14 +84,12 @@ EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # training transform, Section 4
 DRAWS = 5  # random backgrounds per test photo; a validation photo gets one
+TEST_DRAWS = {"replaced": DRAWS, "same_class": 1, "other_class": 1}  # of each condition
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
 EVAL_BATCH = 32  # photos per batch in evaluation; the size does not change the results
 THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
 # A mask is suspicious if less than EMPTY or more than FULL is foreground, or more than FUZZY grey.
 EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15  # grey: 10 to 90 %
-MASK_SAMPLE = 200  # masks that a run looks at before it starts
-LEAVE_FREE = 0.1  # fraction of the memory that decoded photos leave free
-WORKER_TIMEOUT = 120  # seconds; without it, a full /dev/shm would make us wait forever
 
 # Random numbers are seeded with the run's seed, their purpose and the number of the batch or photo.
 # So a resumed run needs no saved random state.
@@ -106,7 +99,6 @@ INIT, TRAIN, VAL, TEST, STEP = range(5)
 BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
 RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which fills the hidden part of a photo
-
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 
 
@@ -129,11 +121,11 @@ def dataset_root(dataset, data):
     """The root of a named dataset in `data`, or the user's own folder. Raises UserError."""
     if dataset == "toy":
         return make_toy(Path(data, "toy"))
-    for place in PLACES.get(dataset, ()):
-        for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-            if found.exists():
-                return found.parent
     if dataset in PLACES:
+        for place in PLACES[dataset]:
+            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
+                if found.exists():
+                    return found.parent
         raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
                         "folder deeper; put it there (README, Reproduce the paper)")
     if not Path(dataset, "images").is_dir():
@@ -155,8 +147,6 @@ def list_cars196(root):
                  (test, "cars_test", "fname")]
     listed = []
     for file, folder, field in files:
-        if not (root / file).is_file():
-            raise UserError(f"{root / file}: missing; download it (README, Reproduce the paper)")
         rows = loadmat(root / file, simplify_cells=True)["annotations"]
         listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
     return listed
@@ -171,53 +161,46 @@ def list_sop(root):
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    listed, left_out, label = [], Counter(), 0
-    for folder in visible(root / "images"):
-        paths = visible(folder) if folder.is_dir() else [folder]
-        photos = dict.fromkeys(list_photos(folder), label)
-        listed += photos.items()
-        label += bool(photos)
-        left_out["classes without photos"] += folder.is_dir() and not photos
-        left_out.update("folders inside classes" if path.is_dir()
-                        else path.suffix.lower() or path.name
-                        for path in paths if path not in photos)
-    if +left_out:  # without the counts of 0
-        print("left out:", ", ".join(f"{count} {what}" for what, count in (+left_out).items())
+    folders, labels = visible(root / "images"), {}
+    for label, folder in enumerate(filter(list_photos, folders)):
+        labels |= dict.fromkeys(list_photos(folder), label)
+    found = itertools.chain(*(visible(path) or [path] for path in folders))
+    left_out = Counter("folders inside classes" if path.is_dir() else path.suffix.lower()
+                       for path in found if path not in labels)
+    if left_out:
+        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
               + "; convert .heic to .jpg" * (".heic" in left_out))
-    return listed
+    return list(labels.items())
 
 
 def visible(folder):
-    """The sorted paths in a folder, except hidden files."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """The sorted paths in a folder, except hidden files; [] if it is missing or a file."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def list_photos(folder):
-    """The sorted paths of the photos in a folder; [] if it is missing or a file."""
-    paths = visible(folder) if folder.is_dir() else []
-    return [path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
+    """The sorted paths of the photos in a folder."""
+    return [path for path in visible(folder)
+            if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
 
 
 def mask_path(root, image):
     """The mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
-    path = image.relative_to(root)
-    if path.parts[0] == "images":
-        path = path.relative_to("images")
-    return Path(root, "masks", path).with_suffix(".png")
+    folder = root / "images" if root / "images" in image.parents else root
+    return Path(root, "masks", image.relative_to(folder)).with_suffix(".png")
 
 
 def load_splits(dataset, data="data", *, need_masks=True, training=True):
-    """{"train": Split, "val": Split, "test": Split} of a dataset (Section 4.1). Without `training`,
-    all classes of a user's folder are test classes. Without `need_masks`, masks may be missing and
-    classes may be few. Raises UserError if the dataset is incomplete."""
+    """{"train", "val", "test": Split} (Section 4.1). Without `training`, all classes of a folder
+    are test classes. Without `need_masks`, masks may be missing, classes few. Raises UserError."""
     root = dataset_root(dataset, data)
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
     masks = [mask_path(root, image) for image in images]
-    classes, trained, seen = len(np.unique(labels)), 0, 0
-    if training:  # a user's folder is split 74 : 24 : 98, like Cars196
-        trained = max(2, round(classes * 74 / 196))
-        seen = trained + max(2, round(classes * 24 / 196))
+    classes = len(np.unique(labels))  # a user's folder is split 74 : 24 : 98, like Cars196
+    trained = training * max(2, round(classes * 74 / 196))
+    seen = trained + training * max(2, round(classes * 24 / 196))
     ranges = {"train": range(trained), "val": range(trained, seen), "test": range(seen, classes)}
     splits = {}
     for name, chosen in SPLITS.get(dataset, ranges).items():
@@ -235,14 +218,12 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
     mask, photos = Counter(masks).most_common(1)[0]
     if photos > 1:
         raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    where = f" --data {data}" if dataset in SPLITS else ""
-    needed = [("image", images, f"unpack {root} again"),
-              ("mask", masks, f"run: python masks.py --dataset {dataset}{where}")]
-    for what, paths, remedy in needed[:1 + need_masks]:
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]}: this {what} is missing (missing in total: "
-                            f"{len(missing):,}); {remedy}")
+    missing = [path for path in images + masks * need_masks if not path.is_file()]
+    if missing:
+        where = f" --data {data}" if dataset in SPLITS else ""
+        remedy = (f"unpack {root} again" if missing[0] in images else
+                  f"run: python masks.py --dataset {dataset}{where}")
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
     return splits
 
 
@@ -272,8 +253,7 @@ def open_rgb(path):
 
 def open_mask(path):
     """The mask as an upright 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files
-    are accepted too. Raises UserError for colours, for transparency, and if the largest value is 1
-    to 127: a mask with 1 as foreground would look empty. A black mask is valid."""
+    are accepted too. Raises UserError for others, and for labels (a largest value of 1 to 127)."""
     mask = open_image(path)
     channels = mask.split()
     if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
@@ -301,10 +281,9 @@ def mask_faults(mask):
 
 
 def check_masks(splits):
-    """Prints statistics of a sample of the masks. Raises UserError if most of them are nearly empty
-    or nearly full."""
+    """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
     masks = [mask for split in splits.values() for mask in split.masks]
-    sample = np.random.default_rng(0).permutation(len(masks))[:MASK_SAMPLE]
+    sample = np.random.default_rng(0).permutation(len(masks))[:200]
     faults = np.array([mask_faults(open_mask(masks[i])) for i in sample])
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
     print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
@@ -314,20 +293,19 @@ def check_masks(splits):
 
 
 def list_backgrounds(args, name):
-    """The sorted photos in --backgrounds/val or --backgrounds/test. Raises UserError."""
+    """The sorted photos in --backgrounds/val or /test; [] if it is own. Raises UserError."""
     # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
     of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
-    if not pool or (of_paper and len(pool) != POOL_SIZE):
+    if (not pool and args.backgrounds != "own") or (of_paper and len(pool) != POOL_SIZE):
         raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
                         f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
-                        "its folders val/ and test/")
+                        "its folders val/ and test/, or give --backgrounds own")
     return pool
 
 
-# The toy set is laid out like a user's own folder. Each class is one product (a random pattern)
-# that one seller photographs, nearly always in front of the same backdrop. A model can therefore
-# recognise the class by the backdrop. This is the bias that we want to measure.
+# The toy set is laid out like a user's own folder. Each class is one product of one seller, nearly
+# always in front of the same backdrop. So a model can recognise the class by the backdrop.
 
 
 def toy_texture(seed, size):
@@ -342,9 +320,8 @@ def toy_texture(seed, size):
 
 
 def toy_class(rng, photos=20, size=54, share=0.95):
-    """Yields (photo, mask) pairs of one class, as PIL images. The product is a symmetric 5 x 5 grid
-    of two colours. Scale, rotation, position and light are random. With probability `share`, the
-    backdrop is the seller's, and otherwise a random one."""
+    """Yields (photo, mask) pairs of one class, as PIL images: a symmetric 5 x 5 grid of two colours
+    in random size, pose and light, on the seller's backdrop with probability `share`."""
     half = rng.random((5, 3)) < 0.5
     grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
     tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
@@ -421,9 +398,9 @@ class Photos(torch.utils.data.Dataset):
             return
         # DIFF: photos are resized once per run, not on every access.
         for photo in self.decode_all("decoding"):
-            if free_memory() < LEAVE_FREE:
-                print(f"memory is short: {len(self.kept):,} of {len(self):,} photos stay in "
-                      "memory, the rest are decoded on every access (--workers helps)")
+            if free_memory() < 0.1:
+                print(f"memory is short: {len(self.kept):,} of {len(self):,} photos are kept, the "
+                      "rest are decoded on every access (--workers helps)")
                 break
             self.kept.append(photo)
 
@@ -449,13 +426,24 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available; 1.0 if unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
+    """Fraction of memory available, on this machine or in the cgroups of a container or SLURM job,
+    whichever is less; 1.0 if it is not Linux."""
+    if sys.platform != "linux":
         return 1.0
-    kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
-    return kilobytes["MemAvailable:"] / kilobytes["MemTotal:"]
+    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
+    # Version 2 of cgroups has one line 0::/path, version 1 has a line N:memory:/path.
+    lines = re.findall(r"^\d+:(memory|):/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
+    for version1, path in lines:
+        group = Path("/sys/fs/cgroup", version1, path)
+        names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such limit, or it is "max"
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                stat = dict(re.findall(r"(\w+) (\d+)", (folder / "memory.stat").read_text()))
+                used -= int(stat.get("total_inactive_file", stat["inactive_file"]))  # file cache
+                free.append(1 - used / limit)
+    return min(free)
 
 
 def random_view(photo, size):
@@ -472,18 +460,16 @@ def seed_of(*numbers):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item n: photos (B, 4, S, S), backgrounds (draws, B, 3, S, S), both uint8, and labels (B,).
+    """Item n: photos (B, 4, S, S), {condition: backgrounds (draws, B, 3 or 4, S, S)}, both uint8,
+    and labels (B,). `draws` is {condition: backgrounds per photo}; see background(). With a
+    sampler, item n is the n-th batch of the training, and its photos are cropped at random. Without
+    one, items_per_pass items hold all photos in order, cropped at the centre, and the following
+    items hold the same photos with other backgrounds."""
 
-    With a sampler, item n is the n-th batch of the training, and its photos are cropped at random.
-    Without a sampler, for evaluation, items_per_pass items hold all photos in order, cropped at the
-    centre. The following items hold the same photos with other backgrounds. Backgrounds are drawn
-    with replacement and always get the training transform (Section 4)."""
-
-    def __init__(self, *, photos, labels, size, seed, pool=None, draws=0, sampler=None):
+    def __init__(self, *, photos, labels, size, seed, pool=None, draws=None, sampler=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
         self.size, self.seed = size, seed
-        self.pool, self.draws = pool, draws
-        self.sampler = sampler
+        self.pool, self.draws, self.sampler = pool, draws or {}, sampler
         self.items_per_pass = math.ceil(len(photos) / EVAL_BATCH)
 
     def plan(self, n):
@@ -496,39 +482,61 @@ class Batches(torch.utils.data.Dataset):
         indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
         return [(index, (*self.seed, epoch, index)) for index in indices]
 
+    def view(self, index):
+        """Photo and mask, cropped: (4, S, S)."""
+        photo = self.photos[index]
+        return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
+
+    def background(self, index, condition, others):
+        """A random background. For `replaced`, it is a photo of the pool (3, S, S), which always
+        gets the training transform (Section 4). Otherwise, or without a pool, it is a photo of
+        `others` and its mask (4, S, S), of the same or of another class."""
+        if condition == "replaced" and self.pool is not None:
+            return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
+        of_class = self.labels[others] == self.labels[index]
+        rows = others[of_class if condition == "same_class" else ~of_class]
+        rows = rows[rows != index] if len(rows) > 1 else rows  # a class may have only one photo
+        return self.view(int(rows[torch.randint(len(rows), ())]))
+
     def __getitem__(self, n):
-        plan, square = self.plan(n), (self.size, self.size)
-        photos = torch.empty(len(plan), 4, *square, dtype=torch.uint8)
-        backgrounds = torch.empty(self.draws, len(plan), 3, *square, dtype=torch.uint8)
-        for k, (index, seed) in enumerate(plan):
+        plan, photos, drawn = self.plan(n), [], defaultdict(list)
+        indices = [index for index, _ in plan]
+        others = torch.tensor(indices) if self.sampler else torch.arange(len(self.photos))
+        for index, seed in plan:
             torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
-            photo = self.photos[index]
-            photos[k] = (random_view(photo, self.size) if self.sampler
-                         else TF.center_crop(photo, self.size))
-            for draw in range(self.draws):
-                chosen = int(torch.randint(len(self.pool), ()))
-                backgrounds[draw, k] = random_view(self.pool[chosen], self.size)
-        return photos, backgrounds, self.labels[[index for index, _ in plan]]
+            photo = self.view(index)
+            if self.sampler and self.draws and self.pool is None and torch.rand(()) < 0.5:
+                photo = photo.index_fill(0, torch.tensor(3), 255)  # half keep their background
+            photos.append(photo)
+            for condition, draws in self.draws.items():
+                chosen = [self.background(index, condition, others) for _ in range(draws)]
+                drawn[condition].append(torch.stack(chosen))
+        backgrounds = {condition: torch.stack(some, dim=1) for condition, some in drawn.items()}
+        return torch.stack(photos), backgrounds, self.labels[indices]
 
 
-def make_batches(args, split, purpose, *, pool, draws, sampler=None):
-    """The Batches of a Split. Test photos are used only once, so they are not kept in memory."""
-    photos = Photos(split.images, split.masks, args.image_size, keep=purpose != TEST)
-    backgrounds = Photos(list_backgrounds(args, pool), None, args.image_size) if draws else None
-    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=backgrounds,
+def make_batches(args, split, purpose, draws, sampler=None):
+    """The Batches of a Split. Photos that are needed only once are not kept in memory."""
+    keep = purpose != TEST or "other_class" in draws
+    photos = Photos(split.images, split.masks, args.image_size, keep=keep)
+    paths = list_backgrounds(args, "test" if purpose == TEST else "val") if draws else []
+    pool = Photos(paths, None, args.image_size) if paths else None
+    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=pool,
                    seed=(args.seed, purpose), draws=draws, sampler=sampler)
 
 
 def loader(batches, args, items=None):
     """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
-    for item in torch.utils.data.DataLoader(
+    for photos, backgrounds, labels in torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=args.workers,
             sampler=range(batches.items_per_pass) if items is None else items,
-            timeout=WORKER_TIMEOUT if args.workers else 0,
+            timeout=120 if args.workers else 0,  # seconds; a full /dev/shm would block forever
             multiprocessing_context="fork" if fork and args.workers else None,
             pin_memory=args.device.startswith("cuda")):
-        yield [tensor.to(args.device, non_blocking=True) for tensor in item]
+        photos, labels, *drawn = (tensor.to(args.device, non_blocking=True)
+                                  for tensor in (photos, labels, *backgrounds.values()))
+        yield photos, dict(zip(backgrounds, drawn)), labels
 
 
 def unpack(photos):
@@ -542,33 +550,42 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-def views(images, masks, backgrounds, *, extra):
-    """Yields (condition, [images]). The conditions are clean, replaced (one entry per draw of
-    backgrounds) and, with `extra`, object_only and background_only, where the rest is painted over.
-    images (B, 3, S, S) and backgrounds (draws, B, 3, S, S) in [0, 255], masks (B, 1, S, S)."""
-    yield "clean", [images]
-    yield "replaced", [replace_background(images, masks, drawn) for drawn in backgrounds]
-    if extra:
-        paint = images.new_tensor(MEAN_COLOUR).view(3, 1, 1)
-        yield "object_only", [replace_background(images, masks, paint)]
-        yield "background_only", [replace_background(images, 1 - masks, paint)]
+def remove_object(images, masks):
+    """Fills the object and a margin of S / 64 from the background around it: (B, 3, S, S) in
+    [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
+    where keep is 1 on the background."""
+    margin = max(1, images.shape[-1] // 64)
+    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < 0.1).float()
+    # The fill is smooth, so half of the resolution is enough.
+    known = F.interpolate(torch.cat([images * keep, keep], dim=1), scale_factor=0.5, mode="area")
+    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
+    colour, share = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
+    fill = colour / share.clamp(min=1e-6)  # the mean of the background, or black if there is none
+    for width in (4, 10, 24, 64):  # Gaussians of S / width
+        blur = (((place - place[:, None]) * width).square() / -2).exp()
+        blur = blur / blur.sum(dim=1, keepdim=True)
+        colour, share = (blur @ known @ blur.T).split((3, 1), dim=1)
+        # A blur replaces the wider ones where a tenth of what it sees is background.
+        fill = fill + (10 * share).clamp(max=1) * (colour / share.clamp(min=1e-6) - fill)
+    return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
+
+
+def as_backgrounds(drawn):
+    """uint8 photos (B, 3, S, S), or (B, 4, S, S) with masks -> (B, 3, S, S) without objects"""
+    return remove_object(*unpack(drawn)) if drawn.shape[1] == 4 else drawn.float()
 
 
 # ---- 4. Sampler ----------------------------------------------------------------------------------
 
 
 class MPerClassSampler:
-    """Batches of `batch_size` indices into `labels` (Section 4): batch_size / m distinct classes,
-    m images of each, without replacement unless the class has fewer than m. Raises ValueError if
-    there are too few classes, or if m does not divide batch_size."""
+    """Batches of indices into `labels` (Section 4): batch_size // m distinct classes, m images of
+    each, without replacement unless the class has fewer than m. Too few classes: ValueError."""
 
     def __init__(self, labels, m, batch_size):
         labels = np.asarray(labels)
         self.classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self.m, self.batch_size = m, batch_size
-        if batch_size % m or batch_size // m > len(self.classes):
-            raise ValueError(f"a batch of {batch_size} images cannot have {m} per class with "
-                             f"{len(self.classes)} classes")
 
     def batch(self, seed):
         """A list of indices, the same for the same seed (an int or a tuple of ints)."""
@@ -578,18 +595,6 @@ class MPerClassSampler:
             images = self.classes[c]
             indices += rng.choice(images, self.m, replace=len(images) < self.m).tolist()
         return indices
-
-
-def images_per_class(loss, batch_size, classes):
-    """IMAGES_PER_CLASS or, if there are few classes, more. Raises UserError."""
-    # DIFF: if there are too few classes for a batch, it holds more images per class.
-    # A batch of one class has no negatives. So it has two classes or more, unless the data has one.
-    least = IMAGES_PER_CLASS[loss]
-    for m in range(least, batch_size // min(2, classes) + 1):
-        if batch_size % m == 0 and batch_size // m <= classes:
-            return m
-    raise UserError(f"--batch-size {batch_size}: too small for two classes of {least} images; "
-                    "give a larger one")
 
 
 # ---- 5. Network ----------------------------------------------------------------------------------
@@ -683,11 +688,9 @@ def build_backbone(name, weights):
         network = BNInception()
     elif name == "smallconv" and weights != "imagenet":
         network = smallconv()
-    elif ":" in name:  # REPO:NAME calls NAME() of the hubconf.py in REPO
-        repo, _, entry = name.rpartition(":")
-        on_github = repo.count("/") == 1 and not repo.startswith(".") and not Path(repo).is_dir()
-        network = torch.hub.load(repo, entry, source="github" if on_github else "local",
-                                 trust_repo=True)
+    elif ":" in name:  # FOLDER:NAME calls NAME() of the hubconf.py in FOLDER
+        folder, _, entry = name.rpartition(":")
+        network = torch.hub.load(folder, entry, source="local")
         network = network if isinstance(network, nn.Module) else Function(network)
         for module in network.modules():
             if weights == "none" and hasattr(module, "reset_parameters"):
@@ -697,7 +700,7 @@ def build_backbone(name, weights):
         network = torchvision.models.get_model(name, weights=pretrained)
     else:
         raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
-                        "give bninception, smallconv, a torchvision classifier, or REPO:NAME")
+                        "give bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
     state = {}
     if weights not in ("imagenet", "none"):
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -712,8 +715,7 @@ def build_backbone(name, weights):
 
 
 class Function(nn.Module):
-    """Wraps a function as a network without parameters and gradients: (B, 3, S, S) float32 on the
-    CPU -> (B, features), a tensor or an array. It may have the attributes `mean` and `std`."""
+    """Wraps a function (B, 3, S, S) float32 on the CPU -> (B, features), a tensor or an array."""
 
     def __init__(self, function):
         super().__init__()
@@ -733,17 +735,6 @@ def remove_classifier(network):
     setattr(network.get_submodule(parent), classifier, nn.Identity())
 
 
-def own_scaling(network, name, default):
-    """The attribute `name` (mean or std) of a hub network, times 255, because hub networks give it
-    for RGB in [0, 1]. If it is missing, the default. Raises UserError if it is not 3 numbers."""
-    if not hasattr(network, name):
-        return default
-    values = torch.as_tensor(getattr(network, name)).detach().float().flatten().tolist()
-    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
-        raise UserError(f"--backbone: the network's {name} is {values}; give 3 numbers in [0, 1]")
-    return [255 * value for value in values]
-
-
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding) and L2 norm (Section 4): (B, 3, S, S) normalised ->
     (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
@@ -757,13 +748,14 @@ class Embedder(nn.Module):
             raise UserError(f"--backbone {backbone}: the download failed ({error}); try again, or "
                             "give a file that you have with --weights FILE") from error
         order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
-        if ":" in backbone:
-            own = self.backbone
-            own = own.function if isinstance(own, Function) else own
-            mean, std = own_scaling(own, "mean", mean), own_scaling(own, "std", std)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        owner = getattr(self.backbone, "function", self.backbone)
+        for name, value in (("mean", torch.tensor(mean)), ("std", torch.tensor(std))):
+            if ":" in backbone and hasattr(owner, name):
+                value = 255 * torch.as_tensor(getattr(owner, name)).detach().float()
+                if value.max() > 255:
+                    raise UserError(f"--backbone {backbone}: {name} exceeds 1; divide it by 255")
+            self.register_buffer(name, value.reshape(3, 1, 1), persistent=False)
         with torch.no_grad():
             output = self.eval().backbone(torch.zeros(2, 3, size, size))
         if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
@@ -882,9 +874,8 @@ IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
                     "arcface": 1, "normalized_softmax": 1}  # in a batch
 CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
 
-# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Margins are
-# distances (contrastive), differences of distances (triplet) and degrees (arcface). A user's own
-# folder uses those of cars196.
+# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Arcface's
+# margin is in degrees. A user's own folder uses those of cars196.
 HPARAMS = {
     "cars196": {
         "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
@@ -896,8 +887,7 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative pos_margin is correct. It makes the term of every positive pair greater than
-        # 0, so nzmean() averages over all positive pairs.
+        # The negative pos_margin is correct: nzmean() then averages over all positive pairs.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -939,8 +929,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
 
     All metrics (Section 4.3) follow from the rank of the i-th nearest right item. That rank is i
     plus the number of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i /
-    rank_i / R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
-    """
+    rank_i / R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]."""
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
     # Equal embeddings therefore score (nearly) 0 in MAP@R, whatever the order of the files.
@@ -969,7 +958,9 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
             # 2 R nearest items are enough to compute all ranks up to R.
             best = near.topk(min(2 * R, len(columns))).values
             hits = torch.arange(1, R + 1, device=q.device)
-            ranks = hits + at_least(best, right) - at_least(right, right)  # (Q, R)
+            nearer, right_nearer = (torch.searchsorted(-items, -right, right=True)
+                                    for items in (best, right))  # or at the same distance
+            ranks = hits + nearer - right_nearer  # (Q, R)
             found = ranks <= R
             sums["map@r"] += (found * hits / ranks).sum() / R
             sums["r_precision"] += found.sum() / R
@@ -982,53 +973,45 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
 
 
-def at_least(values, bounds):
-    """How many of values (Q, V), sorted descending, are >= each of bounds (Q, W): (Q, W)."""
-    return values.shape[1] - torch.searchsorted(values.flip(1), bounds)
-
-
-def nmi(embeddings, labels, seed):
-    """Normalised mutual information of the classes and as many KMeans clusters, in [0, 1]."""
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import normalized_mutual_info_score
-
-    kmeans = KMeans(len(np.unique(labels)), n_init=1, random_state=seed % 2**32)
-    return float(normalized_mutual_info_score(labels, kmeans.fit_predict(embeddings.cpu().numpy())))
-
-
 # ---- 8. Test protocol ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def embed(network, batches, *, extra=False):
-    """{condition: (draws, N, D)} of evaluation batches. draws is 1 except for replaced."""
+    """{condition: (draws, N, D)} of evaluation batches: clean, the conditions of their backgrounds
+    and, with `extra`, pasted (cut out and put back), object_only and background_only."""
     network.eval()
     embeddings = defaultdict(list)
     for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
         images, masks = unpack(photos)
-        for condition, versions in views(images, masks, backgrounds.float(), extra=extra):
+        views = {"clean": [images]}
+        for condition, draws in backgrounds.items():
+            views[condition] = [replace_background(images, masks, as_backgrounds(drawn))
+                                for drawn in draws]
+        if extra:
+            removed, paint = remove_object(images, masks), images.new_tensor(MEAN_COLOUR)
+            views["pasted"] = [replace_background(images, masks, removed)]
+            views["object_only"] = [replace_background(images, masks, paint.view(3, 1, 1))]
+            views["background_only"] = [removed]
+        for condition, versions in views.items():
             embedded = [network(network.normalise(version)) for version in versions]
             embeddings[condition].append(torch.stack(embedded))
     return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
 
 
 def run_test(network, batches, args):
-    """{condition: [metrics of each draw]}: the paper's clean and replaced (Section 4.3), and more.
-    In `replaced`, all backgrounds are new; in `query`, only the query's is. In `object_only` and
-    `background_only`, the rest is painted over. `chance` uses random embeddings."""
+    """{condition: [metrics of each draw]}, the paper's clean and replaced (Section 4.3) among them.
+    In `query`, only the query is replaced. `chance` uses random embeddings."""
     embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
-    scores = defaultdict(list)
+    rng = torch.Generator().manual_seed(0)
+    embeddings["chance"] = torch.randn(DRAWS, len(labels), EMBEDDING, generator=rng)
+    scores, clean = defaultdict(list), embeddings["clean"][0]
     for condition, draws in embeddings.items():
         for draw in draws:
             scores[condition].append(retrieval_metrics(draw, labels, ks))
-            if args.nmi:
-                scores[condition][-1]["nmi"] = nmi(draw, labels, args.seed)
-    clean = embeddings["clean"][0]
     scores["query"] = [retrieval_metrics(draw, labels, ks, gallery=clean)
                        for draw in embeddings["replaced"]]
-    noise = torch.randn(DRAWS, len(clean), EMBEDDING, generator=torch.Generator().manual_seed(0))
-    scores["chance"] = [retrieval_metrics(draw, labels, ks) for draw in noise]
     return dict(scores)
 
 
@@ -1036,8 +1019,7 @@ def run_test(network, batches, args):
 
 
 class State:
-    """A run's `network`, `class_weights` (C, D) or None, `optimiser` and `history`, which has one
-    dictionary of results per epoch."""
+    """A run's network, class weights (C, D) or None, optimiser, and results of each epoch."""
 
     def __init__(self, args, classes, weights):
         torch.manual_seed(seed_of(args.seed, INIT))
@@ -1059,8 +1041,7 @@ class State:
 
     @property
     def is_finished(self):
-        epochs = len(self.history)
-        return epochs >= self.args.epochs or epochs - self.best_epoch >= self.args.patience
+        return len(self.history) >= min(self.args.epochs, self.best_epoch + self.args.patience)
 
     def save(self, path, *, optimiser):
         content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
@@ -1084,14 +1065,17 @@ def train(args, splits, state, run):
     from `state`. Stops after `patience` epochs without improvement, or after `epochs`. Writes
     log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
     network = state.network
-    train_labels, val_labels = splits["train"].labels, splits["val"].labels
-    m = images_per_class(args.loss, args.batch_size, len(np.unique(train_labels)))
-    train_batches = make_batches(args, splits["train"], TRAIN, pool="val",
-                                 draws=int(args.bgaugment),
-                                 sampler=MPerClassSampler(train_labels, m, args.batch_size))
-    val_batches = make_batches(args, splits["val"], VAL, pool="val", draws=1)
-    # Both loaders last until the end of the training, so that workers start only once and prepare
-    # the next epoch's batches during a validation.
+    train_labels = splits["train"].labels
+    # DIFF: if there are too few classes for a batch, it holds more images per class.
+    classes = min(args.batch_size // IMAGES_PER_CLASS[args.loss], len(np.unique(train_labels)))
+    if classes < 2:
+        raise UserError(f"--batch-size {args.batch_size}: too small for two classes; give more")
+    m = args.batch_size // classes
+    sampler = MPerClassSampler(train_labels, m, m * classes)
+    draws = {"replaced": 1} if args.bgaugment else {}
+    train_batches = make_batches(args, splits["train"], TRAIN, draws, sampler)
+    val_batches = make_batches(args, splits["val"], VAL, {"replaced": 1})
+    # Both loaders last until the end, so that workers start once and prefetch during validations.
     done, steps, items = len(state.history), args.iterations, val_batches.items_per_pass
     train_loader = loader(train_batches, args, range(done * steps, args.epochs * steps))
     val_loader = loader(val_batches, args, range(done * items, args.epochs * items))
@@ -1106,7 +1090,8 @@ def train(args, splits, state, run):
             torch.manual_seed(seed_of(args.seed, STEP, epoch, step))
             images, masks = unpack(photos)
             if args.bgaugment:  # the paper's method
-                images = replace_background(images, masks, backgrounds[0].float())
+                drawn = as_backgrounds(backgrounds["replaced"][0])
+                images = replace_background(images, masks, drawn)
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
@@ -1117,7 +1102,7 @@ def train(args, splits, state, run):
         if not math.isfinite(loss):
             raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower lr")
         embedded = embed(network, itertools.islice(val_loader, items))
-        scores = {condition: retrieval_metrics(draws[0], val_labels, (1,))
+        scores = {condition: retrieval_metrics(draws[0], val_batches.labels, (1,))
                   for condition, draws in embedded.items()}  # clean and replaced
         seconds = time.monotonic() - start
         state.history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
@@ -1125,17 +1110,21 @@ def train(args, splits, state, run):
             state.save(run / "best.pt", optimiser=False)
         write_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.history))
         state.save(run / "last.pt", optimiser=True)
-        best = state.history[state.best_epoch - 1][args.select]["map@r"]
         clean, replaced = (100 * scores[name]["map@r"] for name in ("clean", "replaced"))
         print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {clean:5.2f}  replaced "
-              f"{replaced:5.2f}  best {args.select} {100 * best:5.2f} (epoch {state.best_epoch})  "
-              f"{seconds:.1f} s, at most about {seconds * (args.epochs - epoch) / 60:.1f} min left",
-              flush=True)
+              f"{replaced:5.2f}  (best {args.select}: epoch {state.best_epoch})  {seconds:.1f} s, "
+              f"up to {seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
 
 
 # ---- 10. Tables ----------------------------------------------------------------------------------
 
-CONDITIONS = ("clean", "replaced", "query", "object_only", "background_only")
+COLUMNS = ("clean", "replaced", "query", "object only", "background only", "lost %", "R@1 clean",
+           "R@1 replaced", "attention")
+# The conditions on the way from clean to replaced, and what the step to each of them costs.
+STEPS = {"pasted": "cutting and pasting costs", "same class": "another background",
+         "other class": "losing what the background tells about the class",
+         "replaced": "foreign backgrounds"}
+STEP_COLUMNS = ("clean", *STEPS, *(f"R@1 {step}" for step in STEPS))
 NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost %* is the fall from clean to replaced, in % of
 clean, unless clean is below twice chance. Numbers after ± are standard deviations: over the seeds
 or, with one seed, over the draws of backgrounds (for attention: over the images)."""
@@ -1145,15 +1134,13 @@ def read_result(run):
     """The content of a finished run's result.json, and `columns`: {column: values in %, one per
     draw}. The column attention holds one score per image, not in %."""
     result = json.loads((run / "result.json").read_text())
-
-    def draws(condition, metric="map@r"):
-        return [100 * draw[metric] for draw in result["test"][condition]]
-
-    columns = {name.replace("_", " "): draws(name) for name in CONDITIONS}
-    clean, replaced = draws("clean")[0], np.mean(draws("replaced"))
-    at_chance = clean <= 2 * np.mean(draws("chance"))  # then there is nothing to lose
-    columns["lost %"] = [math.nan if at_chance else 100 * (1 - replaced / clean)]
-    columns |= {f"R@1 {name}": draws(name, "recall@1") for name in ("clean", "replaced")}
+    columns = {}
+    for condition, draws in result["test"].items():
+        name = condition.replace("_", " ")
+        columns[name] = [100 * draw["map@r"] for draw in draws]
+        columns[f"R@1 {name}"] = [100 * draw["recall@1"] for draw in draws]
+    clean, replaced, chance = (np.mean(columns[name]) for name in ("clean", "replaced", "chance"))
+    columns["lost %"] = [100 * (1 - replaced / clean) if clean > 2 * chance else math.nan]
     if (run / "attention.npz").exists():
         scores = np.load(run / "attention.npz")["score"]
         if np.isfinite(scores).any():
@@ -1170,7 +1157,8 @@ def row_name(result):
               if args["epochs"] and args["hparams"].get(key) != hparams.get(key)}
     settings = [f"{key.replace('_', ' ')} {value}"
                 for key, value in (args["settings"] | edited).items()]
-    return ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
+    name = ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
+    return name.replace("backgrounds own", "own backgrounds")
 
 
 def mean_and_std(values):
@@ -1179,14 +1167,14 @@ def mean_and_std(values):
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def table_row(name, results):
+def table_row(name, results, columns):
     """The row {column: text} of results that differ only in the seed."""
     row = {"": name, "seeds": str(len(results))}
-    for column in results[0]["columns"]:
+    for column in columns:
         values = [result["columns"][column] for result in results if column in result["columns"]]
         if len(values) == len(results):  # otherwise some seeds have no attention score
             row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
-    if "nan" in row["lost %"]:
+    if "nan" in row.get("lost %", ""):
         row["lost %"] = "hardly better than chance"
     return row
 
@@ -1213,46 +1201,57 @@ def as_table(rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
+def explain_loss(result):
+    """Two lines: MAP@R in each condition from clean to replaced, and what each step costs."""
+    names = ("clean", *STEPS)[:-1 if result["args"]["backgrounds"] == "own" else None]
+    means = [np.mean(result["columns"][name]) for name in names]
+    path = " → ".join(f"{name} {mean:.1f}" for name, mean in zip(names, means))
+    costs = ", ".join(f"{what} {round(before - after, 1) + 0:.1f}"  # + 0 turns -0.0 into 0.0
+                      for what, before, after in zip(STEPS.values(), means, means[1:]))
+    hint = " Pasting costs over a tenth: check the masks." if means[1] < 0.9 * means[0] else ""
+    return f"What the loss is made of (MAP@R in %): {path}\nOf {means[0]:.1f}, {costs}.{hint}"
+
+
 def report(folder, of=None):
-    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5), one
-    per test set; with `of`, only that run's table. Raises UserError if there is no finished run."""
+    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5), two
+    per test set; with `of`, only that run's. Raises UserError if there is no finished run."""
     tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         result = read_result(run)
         tables[result["tested"]][row_name(result)][result["args"]["seed"]] = result
     if not tables:
         raise UserError(f"--report {folder}: it contains no finished run; train one first")
-    parts = []
-    for heading in [read_result(of)["tested"]] if of else tables:
-        rows = []
+    parts, of = [], read_result(of) if of else None
+    for heading in [of["tested"]] if of else tables:
+        rows, steps = [], []
         for name, seeds in tables[heading].items():
             results = list(seeds.values())
-            rows += [table_row(name, results), *paper_row(results[0]["args"])]
+            rows += [table_row(name, results, COLUMNS), *paper_row(results[0]["args"])]
+            steps.append(table_row(name, results, STEP_COLUMNS))
         parts += [f"## {heading}", as_table(rows)]
+        parts += [explain_loss(of)] if of else ["What the loss is made of:", as_table(steps)]
     return "\n\n".join(parts)
 
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
 # These flags do not change what a run computes, or they have their own place in the run's name.
-NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers", "nmi",
+NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers",
                "report"}
 
 
 def parse_args(argv=None):
-    """The arguments, and three attributes that follow from them: `settings` (those that differ from
-    their defaults), `hparams` (of the loss) and `name` (of the dataset)."""
+    """The arguments, `settings` (those that are not default), `hparams` and the dataset's name."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog="Defaults are in brackets. They are the paper's, except for toy: " + ", ".join(
-            f"{key} {value}" for key, value in TOY_DEFAULTS.items()))
+        epilog=f"Defaults are in brackets. They are the paper's, except for toy: {TOY_DEFAULTS}")
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
     add("--bgaugment", action="store_true", help="replace the background of every training image")
     add("--data", default="data", help="folder that holds the named datasets" + default)
-    add("--backgrounds", type=os.path.normpath, help="folder with photos in val/ and test/ "
-        "[DATA/unsplash_backgrounds, or FOLDER/backgrounds]")
+    add("--backgrounds", type=os.path.normpath, help="folder with val/ and test/, or own: those of "
+        "other photos [DATA/unsplash_backgrounds, or FOLDER/backgrounds, or own without it]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
     add("--seed", type=int, default=42, help="seed of all random numbers" + default)
     add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
@@ -1260,17 +1259,15 @@ def parse_args(argv=None):
     add("--patience", type=int, default=15, help="epochs without improvement, then stop" + default)
     add("--batch-size", type=int, default=32, help="images per batch" + default)
     add("--lr", type=float, help="learning rate of the network" + default)
-    add("--backbone", help="bninception, smallconv, a torchvision classifier, or REPO:NAME, which "
-        "calls NAME() in REPO/hubconf.py; REPO is a folder or GitHub's owner/repo" + default)
-    add("--weights", help="imagenet (REPO:NAME loads its own weights), none (random) or FILE"
-        + default)
+    add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
+        "which calls NAME() in FOLDER/hubconf.py" + default)
+    add("--weights", help="imagenet, none (random) or FILE" + default)
     add("--embedding", type=int, default=EMBEDDING, help="size; 0: no linear layer" + default)
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
     add("--workers", type=int, help="processes that prepare batches [up to 8 with CUDA, else 0]")
     add("--select", choices=("clean", "replaced"), help="validation score that selects the best "
         "epoch [replaced with --bgaugment, else clean]")
-    add("--nmi", action="store_true", help="compute NMI of the test embeddings too (slow)")
     add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
     parser.set_defaults(**DEFAULTS)  # the help shows these
     known, _ = parser.parse_known_args(argv)
@@ -1283,6 +1280,9 @@ def parse_args(argv=None):
     if ":" in known.backbone:
         parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
+    if not (known.backgrounds or args.bgaugment or args.dataset in SPLITS
+            or Path(args.backgrounds).is_dir()):
+        args.backgrounds = "own"  # a measurement needs no pool of backgrounds
     excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
     args.settings = {name: value for name, value in vars(args).items()
                      if name not in excluded and value != parser.get_default(name)}
@@ -1296,11 +1296,11 @@ def choose_device(args):
     if args.device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         args.device = "cuda" if torch.cuda.is_available() else mps
-    device = torch.empty(0, device=args.device).device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the data loader pins memory for the current device
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda:  # the data loader pins memory for the current device
+        torch.cuda.set_device(torch.empty(0, device=args.device).device)
     if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+        args.workers = min(8, len(os.sched_getaffinity(0))) if cuda else 0
 
 
 def run_folder(args):
@@ -1329,8 +1329,8 @@ def check_config(run, config):
                    for c in (json.loads((run / "config.json").read_text()), config))
     for key in sorted(before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}):
         if before[key] != now[key]:
-            raise UserError(f"{run}: its {key} was {before[key]} and is now {now[key]}; restore "
-                            "the old value, or give a new folder with --runs")
+            raise UserError(f"{run}: its {key} was {before[key]}, not {now[key]}; restore it, or "
+                            "give a new folder with --runs")
 
 
 def main(argv=None):
@@ -1348,17 +1348,16 @@ def main(argv=None):
               "distance": DISTANCES[args.loss].__name__,
               "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
               **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
-    done = args.epochs and (run / "result.json").exists()
-    resumed = args.epochs and (run / "last.pt").exists()
+    done, resumed = (args.epochs and (run / name).exists() for name in ("result.json", "last.pt"))
     if done or resumed:
         check_config(run, config)
     if done:
         print(f"{run} is finished; delete its result.json to test it again")
         return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
     check_masks(splits)
-    test_batches = make_batches(args, splits["test"], TEST, pool="test", draws=DRAWS)
+    images, masks, labels = splits["test"]
     if args.epochs:  # otherwise a damaged test photo would be found only after the training
-        for _ in test_batches.photos.decode_all("checking"):
+        for _ in Photos(images, masks, args.image_size, keep=False).decode_all("checking"):
             pass
     # A resumed run loads its weights from last.pt, so we need no download.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
@@ -1373,7 +1372,8 @@ def main(argv=None):
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
     print(f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
-          f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, {args.device}"
+          f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, backgrounds: "
+          f"{args.backgrounds}, {args.device}"
           + f", resumed after epoch {len(state.history)}" * bool(resumed), flush=True)
     if not state.is_finished:
         train(args, splits, state, run)
@@ -1382,7 +1382,7 @@ def main(argv=None):
     result = {**config, "epochs": len(state.history), "best_epoch": state.best_epoch,
               "seconds": sum(row["seconds"] for row in state.history)}
     state.load(run / "best.pt")  # its history ends with the best epoch
-    labels = splits["test"].labels
+    test_batches = make_batches(args, splits["test"], TEST, TEST_DRAWS)
     result["test"] = run_test(state.network, test_batches, args)
     chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
     result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "

@@ -6,9 +6,9 @@ background. Section 5 of "On Background Bias in Deep Metric Learning" (Kobs & Ho
     python eval_attention.py runs/toy-contrastive-* --figure attention.png --images 3 --limit 200
     python eval_attention.py runs/toy-contrastive-* --neighbours neighbours.png --images 3
 
-Start it in the folder in which the runs were trained, because their result.json holds relative
-paths of the data. Scores are saved in RUN/attention.npz (arrays image, score, a, p), where
-bgbias.py --report finds them. An undefined score is nan. A newer best.pt or mask recomputes them.
+Start it where the runs were trained, because the paths of the data are relative. Scores are saved
+in RUN/attention.npz (arrays image, score, a, p) for the report. An undefined score is nan. A newer
+best.pt or mask recomputes them.
 """
 
 import argparse
@@ -28,13 +28,11 @@ from bgbias import DISTANCES, EVAL_BATCH, TEST, Split, UserError, loader, make_b
 COPIES = 25  # noisy copies of an image
 SIGMA = 0.15  # standard deviation of the noise, as a fraction of the image's range
 QUANTILE = 0.99  # a map is clipped at this quantile
-
 NOISE, RANDOM, PICK = range(100, 103)  # purposes of random numbers; bgbias.py uses 0 to 4
 # Pixels of all copies in a batch of one image or more. A CPU is fastest if they fit in its caches.
 BATCH_PIXELS = {"cpu": 2**19, "gpu": 2**23}
-RESAMPLES = 2000  # of the bootstrap
-SANITY = 200  # images per run of --sanity
-NEIGHBOURS = 5  # photos per row
+RESAMPLES, SANITY = 2000, 200  # of the bootstrap; images per run of --sanity
+VERSIONS, NEIGHBOURS = 5, 5  # of a query; photos nearest to the last version
 CANDIDATES = 1000  # queries from which --worst picks
 WIDTH, GAP, TEXT = 900, 5, 16  # px: picture, between cells, font; a README is about as wide
 BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
@@ -114,11 +112,11 @@ def network_of(run, *, trained=True):
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 
-def photos_of(run, rows, *, draws=0):
+def photos_of(run, rows, draws=None):
     """Batches of the test images in these rows of run.split."""
     images, masks, labels = run.split
     some = Split([images[row] for row in rows], [masks[row] for row in rows], labels[rows])
-    return make_batches(run.args, some, TEST, pool="test", draws=draws)
+    return make_batches(run.args, some, TEST, draws or {})
 
 
 def attention_maps(run, rows, network):
@@ -308,21 +306,20 @@ def heated(photo, attention):
 def nearest(run, rows):
     """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos that are nearest to each
     photo in `rows`, which is clean or has a new background (draw 0 of the test's `query`)."""
-    batches = photos_of(run, range(len(run.split.images)), draws=1)
+    batches = photos_of(run, range(len(run.split.images)), {"replaced": 1})
     embeddings = bgbias.embed(network_of(run), loader(batches, run.args))
     center = embeddings["clean"][0].mean(dim=0)  # see retrieval_metrics()
     gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
         distances = torch.cdist(queries[rows] - center, gallery)
         distances[range(len(rows)), rows] = torch.inf  # a photo is not its own neighbour
-        count = min(NEIGHBOURS, len(gallery) - 1)
-        found[condition] = distances.topk(count, largest=False).indices.cpu()
+        found[condition] = distances.argsort(dim=1)[:, :min(NEIGHBOURS, len(gallery) - 1)].cpu()
     return found
 
 
 def draw_neighbours(pair, count, file, *, worst):
-    """Draws --neighbours: a row shows a query, its mask, the query on a new background and, for one
-    run, the photos nearest to that. With `worst`, only queries that the new background misleads."""
+    """Draws --neighbours: a row shows a query on its own and on other backgrounds and, for one run,
+    the photos nearest to the last. With `worst`, only queries that the new background misleads."""
     first = next(iter(pair.values()))
     labels = torch.as_tensor(first.split.labels)
     rows = shuffled(first)[:CANDIDATES if worst else count]
@@ -337,16 +334,19 @@ def draw_neighbours(pair, count, file, *, worst):
         if not queries:
             raise UserError(f"--worst: new backgrounds mislead no query of {first.folder}; leave "
                             "out --worst")
-    batches, lines = photos_of(first, range(len(labels)), draws=1), []
+    batches, lines = photos_of(first, range(len(labels)), bgbias.TEST_DRAWS), []
     for q in queries:
         photos, backgrounds, _ = batches[rows[q] // EVAL_BATCH]
         k = rows[q] % EVAL_BATCH
         image, mask = bgbias.unpack(photos[k:k + 1])
-        replaced = bgbias.replace_background(image, mask, backgrounds[0, k]).round().byte()
+        drawn = {condition: bgbias.as_backgrounds(backgrounds[condition][0, k:k + 1])
+                 for condition in ("same_class", "other_class", "replaced")}
+        cells = [(photos[k, :3], "query", None)]
+        for condition, other in {"pasted": bgbias.remove_object(image, mask), **drawn}.items():
+            version = bgbias.replace_background(image, mask, other)[0].round().byte()
+            cells.append((version, condition.replace("_", "\n"), None))
         name = "/".join(first.split.images[rows[q]].parts[-2:])
         name += ", picked because it is misled\n" if worst else "\n"
-        cells = [(photos[k, :3], "query", None), (photos[k, 3], "mask", None),
-                 (replaced[0], "replaced", None)]
         for variant, near in found.items():
             hits = right[variant]["replaced"][q]
             for row, hit in zip(near["replaced"][q].tolist(), hits):
@@ -355,8 +355,8 @@ def draw_neighbours(pair, count, file, *, worst):
             lines.append((f"{name}{title_of(pair[variant])}: {int(hits.sum())} of {len(hits)} "
                           f"right with the new background, {int(right[variant]['clean'][q].sum())} "
                           f"of {len(hits)} with its original background", cells))
-            cells, name = [BLANK] * 3, ""  # the other run's row has the same query
-    draw_grid(lines, 3 + NEIGHBOURS, file)
+            cells, name = [BLANK] * VERSIONS, ""  # the other run's row has the same query
+    draw_grid(lines, VERSIONS + NEIGHBOURS, file)
 
 
 # ---- 5. Checks beyond the paper, because gradients can mislead (Shah et al. 2021) ----------------
@@ -367,9 +367,9 @@ def occlusion(run, network, rows):
     """(3, N), without gradients: how far the embedding moves when a background photo replaces the
     background, how far when it replaces the object, and the object's share of the image."""
     moves, distance = [], DISTANCES[run.args.loss]
-    for photos, backgrounds, _ in loader(photos_of(run, rows, draws=1), run.args):
+    for photos, backgrounds, _ in loader(photos_of(run, rows, {"replaced": 1}), run.args):
         images, masks = bgbias.unpack(photos)
-        other = backgrounds[0].float()
+        other = bgbias.as_backgrounds(backgrounds["replaced"][0])
         versions = (images, bgbias.replace_background(images, masks, other),
                     bgbias.replace_background(other, masks, images))
         e, new_background, new_object = (network(network.normalise(x)) for x in versions)

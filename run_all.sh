@@ -2,21 +2,22 @@
 # Does the paper's 30 runs unattended, from the downloads to the tables. Start it in this folder:
 #
 #   bash run_all.sh                      all stages: data, masks, train, attention, report
-#   bash run_all.sh toy                  the same five losses x 2 on the toy set
-#   bash run_all.sh train report cub200  some stages, some datasets (or FOLDER with images/<class>/)
+#   bash run_all.sh train report toy     some stages, some datasets (or FOLDER with images/<class>/)
 #   bash run_all.sh --dry-run            prints the commands, runs nothing
-#   LOSSES="contrastive triplet" SEEDS="42 43 44" GPUS="0 1" bash run_all.sh cub200
-#
-#   bash run_all.sh data masks           under SLURM: first this, then a task per run, then a report
-#   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G run_all.sh
-#   sbatch --dependency=afterany:JOB run_all.sh report
+#   LOSSES="arcface triplet" SEEDS="42 43" GPUS="0 1" bash run_all.sh cub200
 #
 # Each GPU (default: all visible GPUs) does one run at a time. The same command skips finished runs
-# and resumes interrupted runs. A failure stops only what depends on it. Failures are listed at the
-# end (exit code 1). DATA and RUNS replace the folders data/ and runs/. FLAGS holds more flags for
-# bgbias.py, such as FLAGS="--lr 1e-5"; these runs have their own folders.
+# and resumes interrupted runs. Failures are listed at the end; they stop only what depends on them.
+# DATA and RUNS replace data/ and runs/. FLAGS holds more flags for bgbias.py, such as "--lr 1e-5".
+#
+# SLURM: activate the environment first. DATA has the same path on all nodes. An array has a task
+# per run (--dry-run train | wc -l). A minute before its time limit, a task requeues itself.
+#
+#   bash run_all.sh data masks           the downloads need internet
+#   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G -t 12:00:00 \
+#       --signal=B:USR1@60 --requeue --open-mode=append run_all.sh
+#   sbatch --dependency=afterany:JOB run_all.sh report
 set -euo pipefail
-
 say() { echo "$(date +%H:%M:%S) $*"; }
 die() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
@@ -25,9 +26,9 @@ plan() {  # prints the jobs of $stage for $dataset, one per line: NAME COMMAND, 
     if [ -d "$dataset/images" ]; then name=$(cd "$dataset" && basename "$PWD"); fi
     if grep -Fq -e "  data-$name: " -e "  masks-$name: " <<<"$failed"; then return; fi
     case $stage-$dataset in
-        data-cars196 | data-cub200 | data-sop | data-backgrounds | data-weights)
+        data-cub200 | data-sop | data-backgrounds | data-weights | data-u2net)
             echo "data-$dataset fetch $dataset" ;;
-        data-* | masks-toy) ;;  # nothing to do: a FOLDER exists, and toy is drawn with its masks
+        data-* | masks-toy) ;;  # Cars196 has no address, a FOLDER exists, toy is drawn with masks
         masks-*) echo "masks-$name python masks.py --dataset $dataset --data $DATA" ;;
         train-* | attention-*)
             for seed in $SEEDS; do for loss in $LOSSES; do for augment in "" " --bgaugment"; do
@@ -49,6 +50,7 @@ work() {  # work GPU NAME COMMAND: runs a job, then returns the GPU and the erro
     # shellcheck disable=SC2048  # unquoted, so that the * of attention expands
     (CUDA_VISIBLE_DEVICES=$1 ${*:3}) >>"$log" 2>&1 </dev/null ||
         reason="$2: $stage FAILED, exit code $?, $(tail -n 1 "$log" 2>&1 || true)"
+    reason=${reason/code 137,/code 137 (killed, perhaps out of memory),}
     say "${reason:-$2: $stage is done}"
     echo "$1 $reason" >&3
 }
@@ -63,13 +65,12 @@ stop() {  # ends the jobs and their processes, then this script
     exec 2>/dev/null  # bash would print "Terminated" for each job
     for job in $(jobs -p); do kill -- "-$job" || true; done
     wait
+    [ ! "${1:-}" ] || scontrol requeue "$1" || true
     exit 130
 }
 
 fetch() {  # fetch WHAT: downloads it, unless it exists
     case $1 in
-        cars196) [ "$(find -L "$DATA" -maxdepth 2 -name car_ims -o -name cars_train)" ] ||
-            die "cars196: it cannot be downloaded; put it into $DATA/cars196 (see README)" ;;
         cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
             https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz ;;
         sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
@@ -79,6 +80,8 @@ fetch() {  # fetch WHAT: downloads it, unless it exists
                 https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz ;;
         weights) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ||
             python -c "import bgbias; bgbias.Embedder('bninception', 'imagenet', 224)" ;;
+        u2net) [ -e "${U2NET_HOME:-$HOME/.u2net}/u2net.onnx" ] ||
+            python -c "import rembg; rembg.new_session('u2net')" ;;
     esac
 }
 
@@ -93,14 +96,14 @@ get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive,
         mv "$archive.part" "$archive"
     fi
     [[ $(md5sum <"$archive") == "$3"* ]] || die "$archive: its md5 is not $3; delete it"
-    rm -rf "$new"
     python -c "import shutil, sys; shutil.unpack_archive(*sys.argv[1:])" "$archive" "$new" ||
         die "$archive: cannot be unpacked; delete it"
     mv "$(find "$new" -type d -name "$1" -print -quit)" "$folder"
     rm -r "$new"
 }
 
-trap stop HUP INT TERM USR1 USR2  # SLURM sends the last two before a time limit
+trap stop HUP INT TERM USR2
+trap 'stop "${SLURM_JOB_ID:-}"' USR1  # see SLURM above
 : "${DATA:=data}" "${RUNS:=runs}" "${SEEDS:=42}" "${FLAGS:=}"
 : "${LOSSES:=contrastive triplet multi_similarity arcface normalized_softmax}"
 [ -e bgbias.py ] || die "bgbias.py: not in this folder; start run_all.sh in its own folder"
@@ -113,14 +116,15 @@ for word; do
         cars196 | cub200 | sop | toy) datasets+=" $word" ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
         *[[:space:]]*) die "$word: spaces in the name; rename the folder" ;;
-        *) [ -d "$word/images" ] || die "$word: unknown; give a stage, a dataset or a folder with" \
-            "images/<class>/"
+        *) [ -d "$word/images" ] || die "$word: unknown; give a stage, a dataset or a FOLDER (-h)"
             datasets+=" ${word%/}" ;;
     esac
 done
 : "${datasets:= cars196 cub200 sop}"
 task=${SLURM_ARRAY_TASK_ID:-}
-if [ "$task" ]; then : "${stages:=train attention}"; fi
+if [ "$task" ]; then : "${stages:= train attention}"; fi
+[[ ! $task || $stages =~ ^(\ train|\ attention)+$ ]] ||
+    die "--array:$stages; an array is only for train and attention, do the rest in other jobs"
 count_gpus="import torch; print(*range(torch.cuda.device_count()))"
 [ "$dry" ] || visible=$(python -c "$count_gpus" 2>/dev/null) ||
     die "python: torch is missing; activate the environment, or install requirements.txt"
@@ -134,9 +138,9 @@ for stage in ${stages:-data masks train attention report}; do
         ${dry:+echo} python bgbias.py --report "$RUNS" || failed+="  report: exit code $?"$'\n'
         continue
     fi
-    if [ "$stage" = data ] && [[ $datasets =~ cars196|cub200|sop ]]; then
-        wanted+=" backgrounds weights"
-    fi
+    [[ $stage != data || ! $datasets =~ cars196|cub200|sop ]] || wanted+=" backgrounds weights u2net"
+    [[ $stage != train || $dry$GPUS || $FLAGS == *--epochs* || $datasets == ' toy' ]] ||
+        say "no GPU: a run with the paper's settings takes days"
     plan=$(for dataset in $wanted; do plan; done | sed -n "${task:+$((task + 1))}p")
     if [ "$task" ] && [ ! "$plan" ]; then die "--array: run $task does not exist; give fewer"; fi
     if [ ! "$plan" ]; then continue; fi
@@ -153,8 +157,4 @@ for stage in ${stages:-data masks train attention report}; do
     done <<<"$plan"
     for gpu in "${gpus[@]}"; do next_gpu; done
 done
-
-if [ "$failed" ]; then
-    echo "failed; the same command tries again:"$'\n'"${failed%?}" >&2
-    exit 1
-fi
+[ ! "$failed" ] || { echo "failed; the same command tries again:"$'\n'"${failed%?}" >&2; exit 1; }

@@ -17,7 +17,7 @@ from torch import nn
 
 import bgbias
 import eval_attention as ea
-from conftest import write_shop
+from conftest import pixels_of, result, scaled, slow_removal, write_shop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,10 +137,10 @@ def base(runs):
 def images(sellers):
     """Test photos, masks in [0, 1] and draw 0 of the test's five backgrounds, (N, ., S, S)."""
     run = ea.load_run(min(sellers.glob("runs/*")), "cpu")
-    batches = bgbias.make_batches(run.args, run.split, bgbias.TEST, pool="test", draws=5)
-    backgrounds = torch.cat([batches[n][1][0] for n in range(2)]).float()
-    photos = torch.stack([pixels_of(file) for file in run.split.images])
-    return photos, torch.stack([pixels_of(file, "L") for file in run.split.masks]) / 255, backgrounds
+    batches = bgbias.make_batches(run.args, run.split, bgbias.TEST, {"replaced": 5})
+    backgrounds = torch.cat([batches[n][1]["replaced"][0] for n in range(2)]).float()
+    photos, masks = (torch.stack([pixels_of(file, SIZE) for file in files]) for files in run.split[:2])
+    return photos, masks / 255, backgrounds
 
 
 def replace(images, masks, backgrounds):
@@ -152,9 +152,9 @@ def evaluate(*argv):
 
 
 def change_args(folder, **args):
-    result = json.loads((folder / "result.json").read_text())
-    result["args"] |= args
-    (folder / "result.json").write_text(json.dumps(result))
+    content = result(folder)
+    content["args"] |= args
+    (folder / "result.json").write_text(json.dumps(content))
 
 
 def saved_scores(folder):
@@ -170,16 +170,6 @@ def rows_of_table(text):
     return [{column: cell for column, cell in zip(columns, row) if cell} for row in rows]
 
 
-def pixels_of(file, mode="RGB"):
-    """A photo or mask, resized and centre-cropped as the test protocol says: (C, S, S) float."""
-    picture = Image.open(file).convert(mode)
-    scale = round(SIZE * 256 / 227) / min(picture.size)
-    picture = picture.resize([int(n * scale) for n in picture.size], Image.BILINEAR)
-    left, top = (round((n - SIZE) / 2) for n in picture.size)
-    picture = np.asarray(picture.crop((left, top, left + SIZE, top + SIZE)), np.float32)
-    return torch.from_numpy(np.atleast_3d(picture).transpose(2, 0, 1).copy())
-
-
 def slow_network(folder):
     """The weights in best.pt in float64: (B, 3, S, S) normalised -> (B, D)."""
     network = bgbias.Embedder("smallconv", "none", SIZE)
@@ -188,17 +178,11 @@ def slow_network(folder):
     return lambda x: nn.functional.normalize(network.head(network.backbone(x)))
 
 
-def normalised(pixels):
-    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None]
-                 for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return (pixels / 255 - mean) / std
-
-
 @torch.no_grad()
 def slow_embeddings(folder, images):
     """Each of the images (N, 3, S, S) by itself: (N, D) float64."""
     network = slow_network(folder)
-    return np.concatenate([network(normalised(image)[None]) for image in images])
+    return np.concatenate([network(scaled(image.double())[None]) for image in images])
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -209,11 +193,11 @@ def test_scores_of_a_run_are_those_of_one_image_at_a_time(base, images, monkeypa
     """From the files, with the distance that bgbias.py gives for the loss."""
     monkeypatch.setitem(bgbias.DISTANCES, "contrastive", getattr(bgbias, metric))
     found, network = [*ea.score_run(base).values()], slow_network(base.folder)
-    black = network(normalised(torch.zeros(1, 3, SIZE, SIZE))).detach()
+    black = network(scaled(torch.zeros(1, 3, SIZE, SIZE).double())).detach()
     for row in (0, 17, 43):
         generator = torch.Generator().manual_seed(bgbias.seed_of(42, ea.NOISE, row))
         noise = torch.randn(25, 3, SIZE, SIZE, generator=generator)
-        attention = naive_map(network, normalised(images[0][row]), black, metric, noise)
+        attention = naive_map(network, scaled(images[0][row].double()), black, metric, noise)
         expected = naive_score(attention, images[1][row, 0].double().numpy())
         assert found[row] == pytest.approx(expected, abs=1e-3)
 
@@ -410,13 +394,27 @@ def test_nearest_is_a_double_loop(runs, slow):
     for folder, expected in zip(runs, slow):
         run = ea.load_run(folder, "cpu")
         found, some = ea.nearest(run, list(range(N))), ea.nearest(run, [40, 3, 33])
-        test, labels = json.loads((folder / "result.json").read_text())["test"], run.split.labels
+        test, labels = result(folder)["test"], run.split.labels
         for condition, metrics in (("clean", test["clean"][0]), ("replaced", test["query"][0])):
             np.testing.assert_array_equal(found[condition], expected[condition])
             np.testing.assert_array_equal(some[condition], expected[condition][[40, 3, 33]])
             right = labels[expected[condition][:, 0]] == labels
             assert 0.02 < right.mean() < 0.98
             assert right.mean() == pytest.approx(metrics["recall@1"], abs=1e-12)
+
+
+def test_runs_with_own_backgrounds(sellers, tmp_path, capsys):
+    """The first neighbours are those that Recall@1 of the run counts, so the backgrounds are those of the run."""
+    bgbias.main(["--dataset", str(sellers / "shop"), "--backgrounds", "own", "--runs", str(tmp_path), "--epochs", "0",
+                 "--backbone", "smallconv", "--weights", "none", "--image-size", str(SIZE), "--device", "cpu"])
+    folder, = tmp_path.glob("*")
+    evaluate(folder, "--sanity")
+    row, = rows_of_table(capsys.readouterr().out.split("\n\n")[-1])
+    assert float(row["background replaced"]) > 0.01
+    run = ea.load_run(folder, "cpu")
+    labels, query = run.split.labels, result(folder)["test"]["query"][0]
+    right = labels[ea.nearest(run, list(range(2 * N)))["replaced"][:, 0]] == labels
+    assert 0.02 < right.mean() == pytest.approx(query["recall@1"], abs=1e-12)
 
 
 def test_four_photos_have_three_neighbours_each(base):
@@ -468,25 +466,28 @@ def drawn(monkeypatch):
 
 
 def test_neighbours_picture(runs, base, images, slow, drawn, tmp_path):
-    """The query, its mask, the query on its new background, and per run its neighbours in their order,
+    """The query on its own, on a partner's and on a new background, and per run its neighbours in their order,
     in frames that say whether their class is the query's."""
     evaluate(*runs, "--neighbours", tmp_path / "a.png", "--images", "6")
-    cells, labels = cells_of(tmp_path / "a.png", 8, [2, 1] * 6), base.split.labels
-    photos, masks, replaced = ([enlarged(x, 108) for x in some]
-                               for some in (images[0], 255 * images[1], replace(*images)))
-    queries, right = ea.shuffled(base)[:6], []
+    cells, labels = cells_of(tmp_path / "a.png", 10, [2, 1] * 6), base.split.labels
+    photos, queries, right = [enlarged(x, 85) for x in images[0]], ea.shuffled(base)[:6], []
+    batches = bgbias.make_batches(base.args, base.split, bgbias.TEST, bgbias.TEST_DRAWS)
+    partners = [torch.cat([batches[n][1][name][0] for n in range(2)]) for name in ("same_class", "other_class")]
     assert queries != sorted(queries)
     for n, query in enumerate(queries):
-        for cell, picture in zip(cells[2 * n], (photos[query], masks[query], replaced[query])):
-            assert unlike(cell, picture) < 2
-        assert (cells[2 * n + 1][:3] == 255).all()  # the same query, which is shown once
+        image, mask = images[0][query], images[1][query]
+        removed = [torch.from_numpy(slow_removal(x[:3].numpy(), x[3].numpy() / 255))
+                   for x in (torch.cat([image, 255 * mask]), *(partner[query] for partner in partners))]
+        versions = [image, *(replace(image, mask, other) for other in (*removed, images[2][query]))]
+        assert all(unlike(cell, enlarged(x, 85)) < 2 for cell, x in zip(cells[2 * n], versions))
+        assert (cells[2 * n + 1][:5] == 255).all()  # the same query, which is shown once
         assert "/".join(base.split.images[query].parts[-2:]) in drawn[2 * n][0]
         for row, (caption, _), near in zip(cells[2 * n:], drawn[2 * n:], slow):
             hits = {condition: labels[near[condition][query]] == labels[query] for condition in near}
             right += hits["replaced"].tolist()
             numbers = [tuple(map(int, found)) for found in re.findall(r"(\d) of (\d)", caption)]
             assert numbers == [(hits["replaced"].sum(), 5), (hits["clean"].sum(), 5)]
-            for cell, k, hit in zip(row[3:], near["replaced"][query], hits["replaced"]):
+            for cell, k, hit in zip(row[5:], near["replaced"][query], hits["replaced"]):
                 assert unlike(cell, photos[k]) < 2 < unlike(cell, photos[(k + 4) % N])
                 frame = np.concatenate([cell[0], cell[4], cell[-1], cell[:, 0], cell[:, -1]])
                 assert (frame == ((0, 158, 115) if hit else (213, 94, 0))).all()  # green or orange

@@ -129,56 +129,41 @@ def test_every_row_of_hyper_parameters_against_nested_loops(dataset, loss, dtype
         assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-def test_contrastive_by_hand():
-    """At 0, 60 and 180 degrees the distances are 1, 2 and the root of 3; of the negative pairs
-    only the nearer one is inside the margin, so the mean is over that one."""
-    labels = torch.tensor([0, 0, 1])
-    value = LOSSES["contrastive"](circle(0, 60, 180), labels, pos_margin=0.25, neg_margin=1.9)
-    assert value.item() == pytest.approx(0.75 + (1.9 - math.sqrt(3)))
+MULTI_SIMILARITY = [math.log(2) / 2 + math.log(1 + math.exp(-6)) / 4, math.log(2) / 2 + math.log(1 + math.exp(-4)) / 4,
+                    math.log(1 + math.exp(-6) + math.exp(-4)) / 4]
+BY_HAND = [
+    # At 0, 60 and 180 degrees, the distances are 1, 2 and the root of 3; one negative pair is inside the margin.
+    ("contrastive", (0, 60, 180), [0, 0, 1], dict(pos_margin=0.25, neg_margin=1.9), 0.75 + 1.9 - math.sqrt(3)),
+    # With a negative margin, as in CUB's row, a positive pair at distance 0 counts in the mean, otherwise not.
+    ("contrastive", (0, 0, 120, 180), [0, 0, 1, 1], dict(pos_margin=-0.2, neg_margin=0), (0.2 + 1.2) / 2),
+    ("contrastive", (0, 0, 120, 180), [0, 0, 1, 1], dict(pos_margin=0, neg_margin=0), 1.0),
+    # Of the triplets 1 - 2 + 0.8 < 0 and 1 - sqrt(3) + 0.8 > 0, only the second one counts.
+    ("triplet", (0, 60, 180), [0, 0, 1], dict(margin=0.8), 1.8 - math.sqrt(3)),
+    # Cosines 0.5, -1 and -0.5; the third image has no positive, so nothing for that part.
+    ("multi_similarity", (0, 60, 180), [0, 0, 1], dict(alpha=2, beta=4, base=0.5), sum(MULTI_SIMILARITY) / 3),
+    # 30 degrees from its own class and 60 from the other: a margin of 30 makes them even.
+    ("arcface", (30,), [0], dict(margin=30, scale=64), math.log(2)),
+    # 170 + 20 degrees: cos 190, where the piecewise form of other implementations has another value.
+    ("arcface", (170,), [0], dict(margin=20, scale=3),
+     math.log(1 + math.exp(3 * math.cos(math.radians(80)) - 3 * math.cos(math.radians(190))))),
+    ("normalized_softmax", (60,), [0], dict(temperature=0.5), math.log(1 + math.exp(math.sqrt(3) - 1))),
+    # Batches without positive or negative pairs, and points at distance 0: nothing, or the margin of every pair.
+    ("contrastive", (0, 80, 170, 260), [0, 1, 2, 3], HPARAMS["toy"]["contrastive"], 0.0),
+    ("contrastive", (33, 33, 33, 33), [1, 1, 1, 1], HPARAMS["toy"]["contrastive"], 0.0),
+    ("contrastive", (33, 33, 33, 33), [0, 0, 1, 1], HPARAMS["toy"]["contrastive"], 0.7),
+    ("triplet", (0, 80, 170, 260), [0, 1, 2, 3], HPARAMS["toy"]["triplet"], 0.0),
+    ("triplet", (0, 80, 170, 260), [2, 2, 2, 2], HPARAMS["toy"]["triplet"], 0.0),
+    ("triplet", (33, 33, 33, 33), [0, 0, 1, 1], HPARAMS["toy"]["triplet"], 0.2),
+    ("multi_similarity", (120,), [3], HPARAMS["toy"]["multi_similarity"], 0.0),
+    ("multi_similarity", (33, 33, 33, 33), [1, 1, 1, 1], HPARAMS["toy"]["multi_similarity"],
+     math.log(1 + 3 * math.exp(2 * -0.5)) / 2)]
 
 
-def test_contrastive_with_a_negative_margin_counts_positives_at_distance_zero():
-    """As in CUB's row: positive distances 0 and 1, so the mean is over both, not over one."""
-    embeddings, labels = circle(0, 0, 120, 180), torch.tensor([0, 0, 1, 1])
-    with_all = LOSSES["contrastive"](embeddings, labels, pos_margin=-0.2, neg_margin=0)
-    strictly = LOSSES["contrastive"](embeddings, labels, pos_margin=0, neg_margin=0)
-    assert with_all.item() == pytest.approx((0.2 + 1.2) / 2)
-    assert strictly.item() == pytest.approx(1.0)
-
-
-def test_triplet_by_hand():
-    """Of the triplets 1 - 2 + 0.8 < 0 and 1 - sqrt(3) + 0.8 > 0 only the second one counts."""
-    value = LOSSES["triplet"](circle(0, 60, 180), torch.tensor([0, 0, 1]), margin=0.8)
-    assert value.item() == pytest.approx(1.8 - math.sqrt(3))
-
-
-def test_multi_similarity_by_hand():
-    """Cosines 0.5, -1 and -0.5; the third image has no positive, so nothing for that part."""
-    labels = torch.tensor([0, 0, 1])
-    value = LOSSES["multi_similarity"](circle(0, 60, 180), labels, alpha=2, beta=4, base=0.5)
-    first = math.log(2) / 2 + math.log(1 + math.exp(-6)) / 4
-    second = math.log(2) / 2 + math.log(1 + math.exp(-4)) / 4
-    third = math.log(1 + math.exp(-6) + math.exp(-4)) / 4
-    assert value.item() == pytest.approx((first + second + third) / 3)
-
-
-def test_arcface_by_hand():
-    """30 degrees from its own class and 60 from the other: a margin of 30 makes them even."""
-    value = LOSSES["arcface"](circle(30), torch.tensor([0]), circle(0, 90), margin=30, scale=64)
-    assert value.item() == pytest.approx(math.log(2))
-
-
-def test_arcface_is_the_plain_form_past_half_a_turn():
-    """170 + 20 degrees: cos 190, where the piecewise form has another value."""
-    value = LOSSES["arcface"](circle(170), torch.tensor([0]), circle(0, 90), margin=20, scale=3)
-    other, target = 3 * math.cos(math.radians(80)), 3 * math.cos(math.radians(190))
-    assert value.item() == pytest.approx(math.log(1 + math.exp(other - target)))
-
-
-def test_normalized_softmax_by_hand():
-    label, weight = torch.tensor([0]), circle(0, 90)
-    value = LOSSES["normalized_softmax"](circle(60), label, weight, temperature=0.5)
-    assert value.item() == pytest.approx(math.log(1 + math.exp(math.sqrt(3) - 1)))
+@pytest.mark.parametrize("loss, degrees, labels, hparams, expected", BY_HAND)
+def test_losses_by_hand(loss, degrees, labels, hparams, expected):
+    """The class weights are at 0 and 90 degrees."""
+    value = LOSSES[loss](circle(*degrees), torch.tensor(labels), circle(0, 90), **hparams)
+    assert value.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", sorted(CLASS_WEIGHTS))
@@ -195,8 +180,7 @@ def test_gradients_against_finite_differences(loss):
     embeddings, labels, weight = random_batch(images=6, classes=3, width=4)
     embeddings.requires_grad_()
     if loss not in CLASS_WEIGHTS:
-        assert torch.autograd.gradcheck(
-            lambda e: LOSSES[loss](e, labels, None, **HPARAMS["toy"][loss]), embeddings)
+        assert torch.autograd.gradcheck(lambda e: LOSSES[loss](e, labels, None, **HPARAMS["toy"][loss]), embeddings)
     else:
         weight.requires_grad_()
         assert torch.autograd.gradcheck(
@@ -204,13 +188,9 @@ def test_gradients_against_finite_differences(loss):
 
 
 DEGENERATE = {
-    "no positives": ([0, 1, 2, 3], [0, 80, 170, 260]),
-    "no negatives, one class": ([2, 2, 2, 2], [0, 80, 170, 260]),
-    "one point, one class": ([1, 1, 1, 1], [33, 33, 33, 33]),
-    "one point, two classes": ([0, 0, 1, 1], [33, 33, 33, 33]),
-    "opposite points": ([0, 1, 0, 1], [0, 180, 180, 0]),
-    "one image": ([3], [120]),
-}
+    "no positives": ([0, 1, 2, 3], [0, 80, 170, 260]), "no negatives, one class": ([2, 2, 2, 2], [0, 80, 170, 260]),
+    "one point, one class": ([1, 1, 1, 1], [33, 33, 33, 33]), "one image": ([3], [120]),
+    "one point, two classes": ([0, 0, 1, 1], [33, 33, 33, 33]), "opposite points": ([0, 1, 0, 1], [0, 180, 180, 0])}
 
 
 @pytest.mark.parametrize("batch", DEGENERATE)
@@ -224,22 +204,6 @@ def test_degenerate_batches_are_finite_with_a_gradient(dataset, loss, batch):
     assert value.isfinite() and value >= 0
     assert embeddings.grad.isfinite().all()
     assert weight is None or weight.grad.isfinite().all() and weight.grad.any()
-
-
-@pytest.mark.parametrize("loss, batch, expected", [
-    ("contrastive", "no positives", 0.0),
-    ("contrastive", "one point, one class", 0.0),
-    ("contrastive", "one point, two classes", 0.7),  # every negative pair: the margin
-    ("triplet", "no positives", 0.0),
-    ("triplet", "no negatives, one class", 0.0),
-    ("triplet", "one point, two classes", 0.2),  # the margin
-    ("multi_similarity", "one image", 0.0),
-    ("multi_similarity", "one point, one class", math.log(1 + 3 * math.exp(2 * -0.5)) / 2),
-])
-def test_degenerate_batches_by_hand(loss, batch, expected):
-    labels, degrees = DEGENERATE[batch]
-    value = LOSSES[loss](circle(*degrees), torch.tensor(labels), **HPARAMS["toy"][loss])
-    assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_nzmean_leaves_out_zeros_and_survives_nothing():

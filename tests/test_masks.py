@@ -18,15 +18,14 @@ import masks
 # ---- The network and the photos ------------------------------------------------------------------
 
 
-def field(number, content):
-    """One field of a protobuf message: an integer, or bytes with their length before them."""
-    if isinstance(content, int):
-        return varint(number << 3) + varint(content)
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def varint(n):
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+def field(number, value):
+    """A field of a protobuf message, as in an ONNX file: an integer, or a text or bytes with their length."""
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
+    if isinstance(value, int):
+        return varint(8 * number) + varint(value)
+    value = value.encode() if isinstance(value, str) else value
+    return varint(8 * number + 2) + varint(len(value)) + value
 
 
 def onnx_mean():
@@ -36,10 +35,9 @@ def onnx_mean():
         dims = b"".join(field(1, field(1, n)) for n in (1, channels, 320, 320))
         return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
 
-    axes = field(1, b"axes") + field(8, 1) + field(20, 7)
-    node = field(1, b"photo") + field(2, b"mask") + field(4, b"ReduceMean") + field(5, axes)
-    ends = field(11, tensor(b"photo", 3)) + field(12, tensor(b"mask", 1))
-    graph = field(1, node) + field(2, b"mean") + ends
+    axes = field(1, "axes") + field(8, 1) + field(20, 7)
+    node = field(1, "photo") + field(2, "mask") + field(4, "ReduceMean") + field(5, axes)
+    graph = field(1, node) + field(2, "mean") + field(11, tensor("photo", 3)) + field(12, tensor("mask", 1))
     return field(1, 8) + field(7, graph) + field(8, field(2, 13))  # IR 8, operators 13
 
 
@@ -323,8 +321,7 @@ def test_check_prints_each_and_each_folder_and_shows_the_worst_first(by_hand, tm
     ious, overlaps = [1 / 2, 1, 2 / 3, 1 / 2, 2 / 5], [1 / 2, 1, 1, 1, 1]
     for n, iou, overlap in zip(range(1, 6), ious, overlaps):
         assert f"{iou:8.4f} {overlap:8.4f}  {by_hand / 'birds' / str(n)}_mask.png" in out
-    figures = (statistics.mean(ious), statistics.pstdev(ious), statistics.median(ious),
-               statistics.mean(overlaps))
+    figures = statistics.mean(ious), statistics.pstdev(ious), statistics.median(ious), statistics.mean(overlaps)
     row = re.search(r"^birds +5 (.*)", out, re.M).group(1)
     assert row.split() == [f"{figure:.4f}" for figure in figures]
     assert re.search(r"^cars +1 +(0\.9[5-9]|1\.0)", out, re.M)  # the edge is soft

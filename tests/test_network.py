@@ -25,14 +25,12 @@ TABLE = """
 5a 1056 352  192 320  160 224 224 avg 128  1024  7
 5b 1024 352  192 320  192 224 224 max 128  1024  7
 """
-ROWS = [[int(cell) if cell.isdigit() else cell for cell in line.split()]
-        for line in TABLE.strip().splitlines()]
+ROWS = [[int(cell) if cell.isdigit() else cell for cell in line.split()] for line in TABLE.strip().splitlines()]
 
 
 def convolutions():
     """{name: (out, in, kernel, kernel)} of all convolutions, from the table."""
-    shapes = {"conv1_7x7_s2": (64, 3, 7, 7),
-              "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}
+    shapes = {"conv1_7x7_s2": (64, 3, 7, 7), "conv2_3x3_reduce": (64, 64, 1, 1), "conv2_3x3": (192, 64, 3, 3)}
     for block, width, one, reduce, three, double, first, second, _, projection, _, _ in ROWS:
         for name, out, into, side in [
                 ("1x1", one, width, 1), ("3x3_reduce", reduce, width, 1), ("3x3", three, reduce, 3),
@@ -192,13 +190,9 @@ def test_embeddings_are_a_linear_layer_of_the_features_at_unit_length(bninceptio
 
 # name: (side, features, what the network computes before its classifier)
 TORCHVISION = {
-    "squeezenet1_1": (64, 512, lambda net, x: net.features(x).mean((2, 3))),
-    "resnet18": (64, 512, None),
-    "mobilenet_v3_small": (64, 1024, None),
-    "swin_t": (64, 768, None),
-    "densenet121": (64, 1024, None),
-    "googlenet": (64, 1024, None),
-}
+    "squeezenet1_1": (64, 512, lambda net, x: net.features(x).mean((2, 3))), "resnet18": (64, 512, None),
+    "mobilenet_v3_small": (64, 1024, None), "swin_t": (64, 768, None), "densenet121": (64, 1024, None),
+    "googlenet": (64, 1024, None)}
 
 
 def torchvision_network(name):
@@ -227,8 +221,7 @@ def test_a_torchvision_backbone_is_the_network_without_its_classifier(name):
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         expected = naive(network, x) if naive else before_classifier(network, x)
-        torch.testing.assert_close(model.backbone(x), expected, rtol=0,
-                                   atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(model.backbone(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         assert model.train()(x).shape == (2, 128)  # no auxiliary outputs
 
 
@@ -245,8 +238,7 @@ def test_a_torchvision_backbone_from_a_file(name, tmp_path):
     x = 2 + torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = before_classifier(network, x)
-        torch.testing.assert_close(model.backbone(x), expected, rtol=0,
-                                   atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(model.backbone(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_imagenet_weights_of_a_torchvision_backbone(monkeypatch):

@@ -84,8 +84,7 @@ def test_readme_and_tests_keep_to_their_budgets():
 
 
 def code_lines(function):
-    """How many lines of code a function has: those where a statement or a part of it stands, without
-    its docstring."""
+    """How many lines of code a function has: those where a statement or a part of it stands, without its docstring."""
     body = function.body[1:] if ast.get_docstring(function) else function.body
     return len({line for statement in body for node in ast.walk(statement) if hasattr(node, "lineno")
                 for line in (node.lineno, node.end_lineno)})
@@ -93,8 +92,7 @@ def code_lines(function):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_code_stays_readable(path):
-    """What shortness by golf would hide: long functions and lines, booleans without a name, nested
-    comprehensions."""
+    """What shortness by golf would hide: long functions and lines, booleans without a name, nested comprehensions."""
     comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     text = path.read_text()
     assert max(map(len, text.splitlines())) <= 100

@@ -1,35 +1,29 @@
 """Batches of m images of each of their classes: each batch, and all of them in the long run."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from bgbias import CLASS_WEIGHTS, LOSSES, MPerClassSampler, UserError, images_per_class
+import bgbias
+from bgbias import CLASS_WEIGHTS, LOSSES, MPerClassSampler, UserError
 
 SIZES = [1, 3, 4, 5, 9, 9, 20, 20, 20, 30]  # photos per class: some have fewer than m
 LABELS = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(SIZES)) + 2, SIZES))
 
 
-@pytest.mark.parametrize("m, batch_size", [(4, 32), (4, 40), (1, 10), (1, 1), (8, 8), (5, 20)])
+@pytest.mark.parametrize("m, batch_size", [(4, 32), (4, 40), (1, 10), (1, 1), (8, 8), (5, 20), (4, 30)])
 def test_every_batch(m, batch_size):
+    """m images of each of its classes, which are distinct. The images of a class lie together."""
     sampler, size = MPerClassSampler(LABELS, m, batch_size), Counter(LABELS.tolist())
     for number in range(50):
         batch = sampler.batch((7, number))
         assert type(batch) is list and all(type(i) is int and 0 <= i < len(LABELS) for i in batch)
-        images = {}
-        for i in batch:
-            images.setdefault(LABELS[i].item(), []).append(i)
-        assert len(batch) == batch_size and len(images) == batch_size // m  # classes are distinct
-        for label, own in images.items():
-            assert len(own) == m
-            assert len(set(own)) == m or size[label] < m  # without replacement, or too few
-
-
-def test_the_images_of_a_class_lie_together():
-    sampler = MPerClassSampler(LABELS, 4, 32)
-    for batch in map(sampler.batch, range(20)):
-        assert (LABELS[batch].reshape(8, 4) == LABELS[batch][::4, None]).all()
+        rows = np.reshape(batch, (batch_size // m, m))
+        assert (LABELS[rows] == LABELS[rows[:, :1]]).all() and len(set(LABELS[rows[:, 0]])) == len(rows)
+        for own in rows:  # without replacement, unless there are too few
+            assert len(set(own)) == m or size[LABELS[own[0]]] < m
 
 
 def test_a_batch_is_a_function_of_its_seed():
@@ -61,27 +55,42 @@ def test_classes_and_their_images_are_equally_likely():
     assert min(of_twenty) > 20 and max(of_twenty) < 80
 
 
-@pytest.mark.parametrize("m, batch_size", [(4, 30), (1, 11), (4, 44), (64, 32)])
-def test_impossible_batches_are_refused(m, batch_size):
-    with pytest.raises(ValueError, match=f"{batch_size} .*{m} .*10 "):
-        MPerClassSampler(LABELS, m, batch_size)
+def test_too_few_classes_are_an_error():
+    with pytest.raises(ValueError):
+        MPerClassSampler(LABELS, 4, 44).batch(0)
 
 
-def test_images_per_class_of_the_paper():
+def batches_of(monkeypatch, loss, batch_size, classes):
+    """(classes, m) of the batches that train() asks for."""
+    asked = []
+
+    def stop(labels, m, size):
+        asked.append((size // m, m))
+        assert size == asked[0][0] * m and np.array_equal(labels, np.arange(classes))
+        raise StopIteration
+
+    monkeypatch.setattr(bgbias, "MPerClassSampler", stop)
+    splits = {"train": bgbias.Split([], [], np.arange(classes))}
+    args = SimpleNamespace(loss=loss, batch_size=batch_size)
+    with pytest.raises(StopIteration):
+        bgbias.train(args, splits, SimpleNamespace(network=None), run=None)
+    return asked[0]
+
+
+def test_batches_of_the_paper(monkeypatch):
     """Batches of 32: 8 classes x 4 images for pair losses, 32 x 1 for classification losses."""
-    assert {images_per_class(loss, 32, 74) for loss in set(LOSSES) - CLASS_WEIGHTS} == {4}
-    assert {images_per_class(loss, 32, 74) for loss in CLASS_WEIGHTS} == {1}
+    for loss in LOSSES:
+        assert batches_of(monkeypatch, loss, 32, 74) == ((32, 1) if loss in CLASS_WEIGHTS else (8, 4))
 
 
-@pytest.mark.parametrize("loss, batch_size, classes, m", [
-    ("triplet", 32, 8, 4), ("triplet", 32, 7, 8), ("triplet", 32, 3, 16), ("triplet", 32, 1, 32),
-    ("arcface", 32, 31, 2), ("arcface", 32, 10, 4), ("triplet", 30, 99, 5)])
-def test_with_few_classes_there_are_more_images_of_each(loss, batch_size, classes, m):
-    assert images_per_class(loss, batch_size, classes) == m
-    batch = MPerClassSampler(np.arange(classes), m, batch_size).batch(0)
-    assert len(batch) == batch_size  # and that is a batch it can draw
+@pytest.mark.parametrize("loss, batch_size, classes, expected", [
+    ("triplet", 32, 8, (8, 4)), ("triplet", 32, 7, (7, 4)), ("triplet", 32, 3, (3, 10)), ("triplet", 30, 99, (7, 4)),
+    ("triplet", 8, 99, (2, 4)), ("arcface", 32, 31, (31, 1)), ("arcface", 32, 10, (10, 3)), ("arcface", 2, 9, (2, 1))])
+def test_with_few_classes_there_are_more_images_of_each(monkeypatch, loss, batch_size, classes, expected):
+    assert batches_of(monkeypatch, loss, batch_size, classes) == expected
 
 
-def test_a_batch_too_small_for_the_loss_is_refused():
-    with pytest.raises(UserError, match="--batch-size 3: "):
-        images_per_class("triplet", 3, 50)
+@pytest.mark.parametrize("loss, batch_size", [("triplet", 7), ("arcface", 1)])
+def test_a_batch_too_small_for_two_classes_is_refused(monkeypatch, loss, batch_size):
+    with pytest.raises(UserError, match=f"^--batch-size {batch_size}: "):
+        batches_of(monkeypatch, loss, batch_size, 50)

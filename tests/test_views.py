@@ -1,4 +1,4 @@
-"""One geometry for photo and mask, replacement by hand, torchvision on PIL images as referee."""
+"""One geometry for photo and mask, backgrounds and removal by hand, torchvision on PIL images as referee."""
 
 import re
 import time
@@ -13,8 +13,9 @@ from torchvision import transforms
 
 import bgbias
 from bgbias import (
-    Batches, Embedder, MPerClassSampler, Photos, UserError, loader, random_view, replace_background,
-    seed_of, views)
+    TEST_DRAWS, Batches, Embedder, MPerClassSampler, Photos, UserError, as_backgrounds, loader, random_view,
+    remove_object, replace_background, seed_of, unpack)
+from conftest import slow_removal
 
 SIZE, SHORT = 40, 45  # of the crops; of the resized photos, 40 * 256 / 227
 AUTHORS_TRAIN = transforms.Compose([  # on PIL images, with the paper's numbers
@@ -89,8 +90,8 @@ def test_photo_and_mask_take_one_geometry(album):
         crops = [random_view(photo, SIZE) for _ in range(20)]
         assert all(torch.equal(crop[3], crop[1]) for crop in crops)
         assert len({crop.numpy().tobytes() for crop in crops}) > 4  # few fit in a very wide photo
-    crops, backgrounds, _ = training(Photos(*album, SIZE), [0] * 20, draws=0)[0]
-    assert len({crop.numpy().tobytes() for crop in crops}) == 20 and backgrounds.shape == (0, 20, 3, SIZE, SIZE)
+    crops, backgrounds, _ = training(Photos(*album, SIZE), [0] * 20, draws={})[0]
+    assert len({crop.numpy().tobytes() for crop in crops}) == 20 and backgrounds == {}
     assert torch.equal(crops[:, 3], crops[:, 1])
 
 
@@ -130,10 +131,19 @@ def test_nothing_is_decoded_ahead_when_memory_is_short(album, decoded, monkeypat
     assert Photos(album[0] * 100, None, SIZE).kept == [] and len(decoded) < 600
 
 
-def test_free_memory_by_hand(monkeypatch):
-    meminfo = "MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n"
-    monkeypatch.setattr(bgbias.Path, "read_text", lambda path: meminfo)
-    assert bgbias.free_memory() == 0.25
+@pytest.mark.parametrize("line, limit, used, stat, expected", [  # of the machine, a quarter is free
+    ("9:cpu:/", "", "", "", 0.25), ("0::/job/task", "max", "current", "inactive_file 0", 0.1),
+    ("4:memory:/job/task", "limit_in_bytes", "usage_in_bytes", "total_inactive_file 5\ninactive_file 0", 0.15)])
+def test_free_memory_by_hand(tmp_path, monkeypatch, line, limit, used, stat, expected):
+    """The cgroup of the job, above that of its task, has 100 bytes and uses 90, some of them for files it has read."""
+    group = "sys/fs/cgroup/memory/job" if "memory" in line else "sys/fs/cgroup/job"
+    for path, text in {"proc/meminfo": "MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  2000 kB\n",
+                       "proc/self/cgroup": f"5:pids:/\n{line}\n", f"{group}/task/memory.max": "max\n",
+                       f"{group}/memory.{limit}": "100\n", f"{group}/memory.{used}": "90\n",
+                       f"{group}/memory.stat": f"anon 1\n{stat}\n"}.items():
+        bgbias.write_text(tmp_path / path, text)
+    monkeypatch.setattr(bgbias, "Path", lambda *parts: tmp_path.joinpath(*(str(part).lstrip("/") for part in parts)))
+    assert bgbias.free_memory() == pytest.approx(expected)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -241,20 +251,20 @@ class Listed:
         return self.lists[seed[-1]]
 
 
-def training(photos, *lists, pool=POOL, draws=2, seed=(1, 2)):
-    """The label of a photo is its index."""
-    return Batches(photos=photos, labels=range(len(photos)), size=SIZE, seed=seed, pool=pool,
+def training(photos, *lists, labels=None, pool=POOL, draws={"replaced": 2}, seed=(1, 2)):
+    """The label of a photo is its index, if none are given."""
+    return Batches(photos=photos, labels=labels or range(len(photos)), size=SIZE, seed=seed, pool=pool,
                    draws=draws, sampler=Listed(*lists))
 
 
-def evaluation(photos, labels=None, pool=POOL, draws=2, seed=(1, 2)):
+def evaluation(photos, labels=None, pool=POOL, draws={"replaced": 2}, seed=(1, 2)):
     """The label of a photo is its index, if none are given."""
-    return Batches(photos=photos, labels=labels or range(len(photos)), size=SIZE, seed=seed, pool=pool,
-                   draws=draws)
+    return Batches(photos=photos, labels=labels or range(len(photos)), size=SIZE, seed=seed, pool=pool, draws=draws)
 
 
 def same(a, b):
-    return all(map(torch.equal, a, b))
+    """Whether two items of Batches are equal."""
+    return a[1].keys() == b[1].keys() and all(map(torch.equal, *([x[0], x[2], *x[1].values()] for x in (a, b))))
 
 
 def test_training_batches_hold_the_photos_of_the_sampler():
@@ -265,8 +275,8 @@ def test_training_batches_hold_the_photos_of_the_sampler():
         found, backgrounds, labels = batches[n]
         assert labels.tolist() == rows
         assert torch.equal(found, 10 * labels.byte()[:, None, None, None].expand(-1, 4, SIZE, SIZE))
-        assert backgrounds.shape == (2, len(rows), 3, SIZE, SIZE)
-        assert found.dtype == backgrounds.dtype == torch.uint8
+        assert backgrounds["replaced"].shape == (2, len(rows), 3, SIZE, SIZE)
+        assert found.dtype == backgrounds["replaced"].dtype == torch.uint8
 
 
 def test_the_sampler_is_asked_for_batch_n_of_this_seed():
@@ -283,7 +293,7 @@ def test_the_sampler_is_asked_for_batch_n_of_this_seed():
     lambda photos, **options: training(photos, [0] * 12, **options),
     lambda photos, **options: evaluation([photos[0]] * 12, **options)])
 def test_backgrounds_are_drawn_with_replacement_and_evenly(album, make):
-    _, backgrounds, _ = make(Photos(*album, SIZE), draws=100)[0]
+    backgrounds = make(Photos(*album, SIZE), draws={"replaced": 100})[0][1]["replaced"]
     assert (backgrounds.amin((2, 3, 4)) == backgrounds.amax((2, 3, 4))).all()
     drawn = backgrounds[:, :, 0, 0, 0] // 20  # (draws, B), 100 +- 10 of each
     count = drawn.flatten().bincount(minlength=12)
@@ -294,40 +304,42 @@ def test_backgrounds_are_drawn_with_replacement_and_evenly(album, make):
 def test_backgrounds_take_the_training_transform_in_evaluation_too(album):
     """Of a ramp, views tell how wide the crop was and whether it is flipped."""
     ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(3, 60, 60)
-    _, backgrounds, _ = evaluation([Photos(*album, SIZE)[0]], pool=[ramp], draws=400)[0]
+    backgrounds = evaluation([Photos(*album, SIZE)[0]], pool=[ramp], draws={"replaced": 400})[0][1]["replaced"]
     left, right = backgrounds[:, 0, 0, 0, 0].int(), backgrounds[:, 0, 0, 0, -1].int()
     assert 160 < (left > right).sum() < 240  # 200 +- 10
     widths = (left - right).abs() / 240
     assert 0.3 < widths.min() < 0.4 and 0.9 < widths.max() <= 1  # area from 0.16, ratio from 3:4
 
 
-def test_replacing_backgrounds_changes_nothing_else(album):
-    """Base and BGAugment see the same photos, cropped alike; draws=1 is the first of several."""
-    photos = Photos(*album, SIZE)
-    for make in (lambda draws: training(photos, [0, 3, 3, 5], draws=draws),
-                 lambda draws: evaluation(photos, draws=draws)):
-        items = [make(draws)[0] for draws in (0, 1, 3)]
+@pytest.mark.parametrize("pool", [POOL, None])
+def test_replacing_backgrounds_changes_nothing_else(album, pool):
+    """Base and BGAugment see the same crops. One draw is the first of several, whatever else is drawn."""
+    photos, draws = Photos(*album, SIZE), [{}, {"replaced": 1}, {"replaced": 5}]
+    for batches in ([training(photos, [0, 3, 3, 5], pool=pool, draws=some) for some in draws],
+                    [evaluation(photos, pool=pool, draws=some) for some in (*draws, TEST_DRAWS)]):
+        plain, *items = [some[0] for some in batches]
         for found, backgrounds, labels in items:
-            assert torch.equal(found, items[0][0]) and torch.equal(labels, items[0][2])
-            assert torch.equal(backgrounds, items[2][1][:len(backgrounds)])
+            assert torch.equal(found[:, :3], plain[0][:, :3]) and torch.equal(labels, plain[2])
+            assert torch.equal(backgrounds["replaced"], items[1][1]["replaced"][:len(backgrounds["replaced"])])
 
 
 def on_cpu(workers):
     return SimpleNamespace(workers=workers, device="cpu")
 
 
-def test_training_batches_are_a_function_of_seed_and_number(album):
+@pytest.mark.parametrize("pool", [POOL, None])
+def test_training_batches_are_a_function_of_seed_and_number(album, pool):
     """Whatever is drawn before, by whatever worker, from wherever a run resumes."""
     photos, lists = Photos(*album, SIZE), [[0, 1], [2, 3], [4, 5], [0, 1]]
-    batches = training(photos, *lists)
+    batches = training(photos, *lists, pool=pool)
     once = [batches[n] for n in range(4)]
     for workers, start in ((0, 0), (2, 0), (0, 3), (2, 2)):
         torch.manual_seed(workers)
         found = list(loader(batches, on_cpu(workers), range(start, 4)))
         assert len(found) == 4 - start and all(map(same, once[start:], found))
-    for k in range(2):  # photos 0 and 1 again, with other crops and other backgrounds
-        assert not torch.equal(once[0][k], once[3][k])
-        assert not torch.equal(once[0][k], training(photos, *lists, seed=(1, 3))[0][k])
+    for photos, backgrounds, _ in (once[3], training(photos, *lists, pool=pool, seed=(1, 3))[0]):
+        assert not torch.equal(once[0][0], photos)  # photos 0 and 1 again, with other crops and backgrounds
+        assert not torch.equal(once[0][1]["replaced"], backgrounds["replaced"])
 
 
 def passes(batches, numbers, workers=0):
@@ -337,7 +349,8 @@ def passes(batches, numbers, workers=0):
     joined = []
     for first in range(0, len(items), whole):
         photos, backgrounds, labels = zip(*items[first:first + whole])
-        joined.append((torch.cat(photos), torch.cat(backgrounds, dim=1), torch.cat(labels)))
+        drawn = {name: torch.cat([some[name] for some in backgrounds], dim=1) for name in backgrounds[0]}
+        joined.append((torch.cat(photos), drawn, torch.cat(labels)))
     return joined
 
 
@@ -350,24 +363,68 @@ def test_evaluation_goes_through_all_photos_in_order_once_per_epoch(album, monke
     first, second, third = passes(batches, range(3))
     assert torch.equal(first[0], second[0]) and torch.equal(first[0], third[0])
     for b in range(len(SIZES)):  # each epoch draws backgrounds of its own for each photo
-        drawn = [backgrounds[:, b].flatten().tolist() for _, backgrounds, _ in (first, second, third)]
+        drawn = [backgrounds["replaced"][:, b].flatten().tolist() for _, backgrounds, _ in (first, second, third)]
         assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 32])
 def test_evaluation_depends_neither_on_the_size_of_its_batches_nor_on_workers(album, monkeypatch, size):
     """Backgrounds are a function of seed, epoch and photo, so a run may resume anywhere."""
-    photos = Photos(*album, SIZE)
-    expected = passes(evaluation(photos), range(3))
+    some = {"photos": Photos(*album, SIZE), "labels": [0, 0, 0, 1, 1, 1], "draws": TEST_DRAWS}
+    expected = passes(evaluation(**some), range(3))
     monkeypatch.setattr(bgbias, "EVAL_BATCH", size)
-    batches = evaluation(photos)
+    batches = evaluation(**some)
     for workers, numbers in ((0, range(3)), (2, range(3)), (0, range(1, 3)), (1, range(2, 3))):
         torch.manual_seed(size)
         found = passes(batches, numbers, workers)
         assert len(found) == len(numbers) and all(map(same, found, expected[numbers.start:]))
     assert len(list(loader(batches, on_cpu(0)))) == -(-len(SIZES) // size)  # one pass by default
-    other = passes(evaluation(photos, seed=(1, 3)), range(1))[0]
-    assert torch.equal(other[0], expected[0][0]) and not torch.equal(other[1], expected[0][1])
+    other = passes(evaluation(**some, seed=(1, 3)), range(1))[0]
+    assert torch.equal(other[0], expected[0][0])
+    assert not any(torch.equal(other[1][name], expected[0][1][name]) for name in TEST_DRAWS)
+
+
+# ---- Backgrounds of other photos -----------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(album):
+    """The photos of the album with their number, times 10, as the red channel."""
+    return [photo.index_fill(0, torch.tensor(0), 10 * i) for i, photo in enumerate(Photos(*album, SIZE))]
+
+
+def test_own_backgrounds_of_training_come_from_other_classes_of_the_batch(numbered):
+    """With their masks, cropped alike. About half of the images are kept as they are, by a mask of 255."""
+    make = lambda draws: training(numbered, *[[0, 1, 2, 3]] * 50, labels=[0, 0, 1, 1, 2, 2], pool=None, draws=draws)
+    own, plain, kept, partners = make({"replaced": 1}), make({}), [], []
+    for n in range(50):
+        photos, backgrounds, _ = own[n]
+        (drawn,), masks = backgrounds["replaced"], plain[n][0][:, 3]
+        kept += (photos[:, 3] == 255).all((1, 2)).tolist()
+        partners += [(k, i // 10) for k, i in enumerate(drawn[:, 0, 0, 0].tolist())]
+        assert drawn.shape == photos.shape == (4, 4, SIZE, SIZE)
+        assert torch.equal(drawn[:, 3], drawn[:, 1])  # the mask is the green channel
+        assert all(torch.equal(mask, before) or (mask == 255).all() for mask, before in zip(photos[:, 3], masks))
+        images, masks = unpack(photos)
+        mixed = replace_background(images, masks, as_backgrounds(drawn))
+        assert torch.equal(mixed[masks.expand_as(mixed) == 1], images[masks.expand_as(mixed) == 1])
+        assert torch.equal(photos[:, :3], plain[n][0][:, :3])
+    assert 70 < sum(kept) < 130  # 100 +- 7
+    counts = Counter(partners)
+    assert len(counts) == 8 and min(counts.values()) > 8 and all({k // 2, other // 2} == {0, 1} for k, other in counts)
+
+
+def test_partners_in_evaluation_are_of_the_same_or_of_another_class(numbered, monkeypatch):
+    """Of all photos, cropped at the centre, with their masks; never the photo itself, unless its class has no other."""
+    monkeypatch.setattr(bgbias, "EVAL_BATCH", 4)
+    labels, draws = [0, 0, 0, 1, 1, 2], dict.fromkeys(TEST_DRAWS, 200)
+    (crops, backgrounds, _), = passes(evaluation(numbered, labels, pool=None, draws=draws), range(1))
+    for condition, drawn in backgrounds.items():
+        for k, label in enumerate(labels):
+            partners = drawn[:, k, 0, 0, 0] // 10
+            right = [j for j in range(6) if j != k and (labels[j] == label) == (condition == "same_class")] or [k]
+            assert set(partners.tolist()) == set(right)
+            assert torch.equal(drawn[:, k], crops[partners.int()])
 
 
 def test_seed_of_gives_every_purpose_its_own_seed():
@@ -379,37 +436,42 @@ def test_seed_of_gives_every_purpose_its_own_seed():
 # ---- Compositing ---------------------------------------------------------------------------------
 
 
-def test_replacement_at_mask_zero_one_and_between():
-    rng = torch.Generator().manual_seed(0)
-    image, background = (torch.randint(256, (2, 3, 4, 5), generator=rng).float() for _ in range(2))
-    assert torch.equal(replace_background(image, torch.ones(2, 1, 4, 5), background), image)
-    assert torch.equal(replace_background(image, torch.zeros(2, 1, 4, 5), background), background)
-    mask = torch.rand(2, 1, 4, 5, generator=rng)
-    found = replace_background(image, mask, background)
-    for b, c, y, x in np.ndindex(2, 3, 4, 5):
-        m = mask[b, 0, y, x].item()
-        expected = image[b, c, y, x].item() * m + background[b, c, y, x].item() * (1 - m)
-        assert found[b, c, y, x].item() == pytest.approx(expected, rel=1e-5)
+def box(size, top=0, bottom=None, left=0, right=None, value=1.0):
+    """A mask (size, size) that is `value` in a box and 0 outside."""
+    mask = torch.zeros(size, size)
+    mask[top:bottom, left:right] = value
+    return mask
 
 
-def test_views_by_hand():
-    """Two pixels, all foreground and three fifths; each condition is one line of arithmetic."""
-    photos = torch.tensor([[200, 100], [50, 100], [0, 100], [255, 153]], dtype=torch.uint8)
-    drawn = torch.tensor([[10, 20], [30, 40], [50, 60]]).float().reshape(1, 1, 3, 1, 2)
-    mean = np.array([124, 116, 104])
-    first, second = np.array([200, 50, 0]), np.array([100, 100, 100])
-    expected = {
-        "clean": (first, second),
-        "replaced": (first, 0.6 * second + 0.4 * np.array([20, 40, 60])),
-        "object_only": (first, 0.6 * second + 0.4 * mean),
-        "background_only": (mean, 0.4 * second + 0.6 * mean),
-    }
-    images, masks = bgbias.unpack(photos.reshape(1, 4, 1, 2))
-    found = dict(views(images, masks, drawn, extra=True))
-    assert list(found) == list(expected)
-    for name, pixels in expected.items():
-        (version,) = found[name]
-        np.testing.assert_allclose(version[0, :, 0].numpy(), np.stack(pixels, axis=1), atol=1e-4)
+RAMP = torch.linspace(0, 1, 24)
+MASKED = {"soft": RAMP * RAMP[:, None].flip(0), "box": box(24, 6, 15, 3, 20), "faint": box(24, 6, 15, 3, 20, 0.11),
+          "at the edge": box(24, 9, None, 5, 18), "two": box(24, 2, 9, 2, 9) + box(24, 12, 22, 12, 20, 0.4),
+          "stripes": (torch.arange(24) % 8 < 3).float().expand(24, 24), "empty": box(24, 0, 0), "full": box(24),
+          "a corner is left": box(24) - box(24, 0, 5, 0, 4)}
+
+
+@pytest.mark.parametrize("size", [24, 25])
+@pytest.mark.parametrize("name", MASKED)
+def test_removed_objects_pixel_by_pixel(name, size):
+    """And together with another photo. A plain background stays plain, whatever is on it."""
+    mask, ramp = (torch.nn.functional.pad(m[None], (0, size - 24, 0, size - 24), "replicate")
+                  for m in (MASKED[name], RAMP.expand(24, 24)))
+    image, other = torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0)).float()
+    found, _ = remove_object(torch.stack([image, other]), torch.stack([mask, ramp]))
+    np.testing.assert_allclose(found.numpy(), slow_removal(image.numpy(), mask[0].numpy()), atol=1e-2)
+    plain = torch.tensor([12.0, 200.0, 90.0])[:, None, None]
+    photo = torch.where(mask < 0.1, plain, image)
+    assert (remove_object(photo[None], mask[None]) - plain * (name != "full")).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size, margin", [(16, 1), (127, 1), (128, 2), (227, 3)])
+def test_only_the_object_and_its_margin_are_removed(size, margin):
+    """The rest stays bit for bit. A pixel belongs to the object if its mask is 0.1 or more."""
+    image = torch.randint(256, (1, 3, size, size), generator=torch.Generator().manual_seed(0)).float()
+    for value, found in ((0.09, 0), (0.11, 1), (1.0, 1)):
+        mask = box(size, 7, 8, 5, 7, value)  # one pixel high, two wide
+        changed = (remove_object(image, mask[None, None]) != image).any(dim=1)[0]
+        assert torch.equal(changed, found * box(size, 7 - margin, 8 + margin, 5 - margin, 7 + margin) > 0)
 
 
 # RGB in [0, 255]: mean colour, standard deviation, order of the channels the network wants.
@@ -422,23 +484,26 @@ INPUTS = {"bninception": ((128, 117, 104), (1, 1, 1), [2, 1, 0]),
 def test_embed_composites_pixels_and_then_normalises(backbone):
     """Each condition in NumPy, photo by photo; the painted colour is the same for both networks."""
     model, rng = Embedder(backbone, "none", 64).eval(), np.random.default_rng(0)
-    photos, pool = ([torch.from_numpy(rng.integers(0, 256, (planes, 64, 64), dtype=np.uint8)) for _ in range(3)]
+    photos, pool = ([torch.from_numpy(rng.integers(0, 256, (planes, 64, 64), dtype=np.uint8)) for _ in range(4)]
                     for planes in (4, 3))
-    batches = Batches(photos=photos, labels=range(3), size=64, seed=(1,), pool=pool, draws=2)
+    for photo in photos:
+        photo[3] *= box(64, 20, 50, 10, 40).byte()
+    batches = Batches(photos=photos, labels=[0, 0, 1, 1], size=64, seed=(1,), pool=pool, draws=TEST_DRAWS)
     found, validation = (bgbias.embed(model, [batches[0]], extra=extra) for extra in (True, False))
     mean, std, order = INPUTS[backbone]
     paint = np.array([124, 116, 104])[:, None, None]
+    removed = {photo.numpy().tobytes(): slow_removal(photo[:3].numpy(), photo[3].numpy() / 255) for photo in photos}
     for k, photo in enumerate(photos):
         image, mask = photo[:3].double().numpy(), photo[3].double().numpy() / 255
-        drawn = batches[0][1][:, k].double().numpy()
-        pixels = {"clean": [image], "replaced": [mask * image + (1 - mask) * other for other in drawn],
-                  "object_only": [mask * image + (1 - mask) * paint],
-                  "background_only": [(1 - mask) * image + mask * paint]}
-        assert list(found) == list(pixels)
-        for condition, versions in pixels.items():
-            for embedding, version in zip(found[condition][:, k], versions, strict=True):
-                x = ((version.transpose(1, 2, 0) - mean) / std)[..., order].transpose(2, 0, 1)
-                torch.testing.assert_close(embedding, model(torch.from_numpy(x).float()[None])[0],
-                                           rtol=1e-3, atol=1e-5)
-    assert list(validation) == ["clean", "replaced"]
+        own = removed[photo.numpy().tobytes()]
+        others = {condition: [removed.get(other.numpy().tobytes(), other.double().numpy()) for other in drawn[:, k]]
+                  for condition, drawn in batches[0][1].items()}
+        pixels = {"clean": [image], "background_only": [own]}
+        for condition, backgrounds in {**others, "pasted": [own], "object_only": [paint]}.items():
+            pixels[condition] = [mask * image + (1 - mask) * other for other in backgrounds]
+        assert found.keys() == pixels.keys()
+        x = ((np.concatenate([*pixels.values()]).transpose(0, 2, 3, 1) - mean) / std)[..., order].transpose(0, 3, 1, 2)
+        embeddings = torch.cat([found[condition][:, k] for condition in pixels])
+        torch.testing.assert_close(embeddings, model(torch.from_numpy(x).float()), rtol=1e-3, atol=1e-5)
+    assert validation.keys() == {"clean", *TEST_DRAWS}
     assert all(torch.equal(validation[condition], found[condition]) for condition in validation)
