@@ -147,7 +147,7 @@ def list_cars196(root):
                  (test, "cars_test", "fname")]
     listed = []
     for file, folder, field in files:
-        rows = loadmat(root / file, simplify_cells=True)["annotations"]
+        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
         listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
     return listed
 
@@ -165,8 +165,8 @@ def list_folder(root):
     for label, folder in enumerate(filter(list_photos, folders)):
         labels |= dict.fromkeys(list_photos(folder), label)
     found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders inside classes" if path.is_dir() else path.suffix.lower()
-                       for path in found if path not in labels)
+    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
+                       path.suffix.lower() or path.name for path in found if path not in labels)
     if left_out:
         print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
               + "; convert .heic to .jpg" * (".heic" in left_out))
@@ -304,8 +304,7 @@ def list_backgrounds(args, name):
     return pool
 
 
-# The toy set is laid out like a user's own folder. Each class is one product of one seller, nearly
-# always in front of the same backdrop. So a model can recognise the class by the backdrop.
+# Toy is a user's folder. A class is the product of one seller, who has a favourite backdrop.
 
 
 def toy_texture(seed, size):
@@ -426,8 +425,7 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available, on this machine or in the cgroups of a container or SLURM job,
-    whichever is less; 1.0 if it is not Linux."""
+    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
     if sys.platform != "linux":
         return 1.0
     machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
@@ -488,14 +486,16 @@ class Batches(torch.utils.data.Dataset):
         return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
 
     def background(self, index, condition, others):
-        """A random background. For `replaced`, it is a photo of the pool (3, S, S), which always
-        gets the training transform (Section 4). Otherwise, or without a pool, it is a photo of
-        `others` and its mask (4, S, S), of the same or of another class."""
+        """For `replaced`, a random photo of the pool (3, S, S) with the training transform (Section
+        4). Otherwise, or without a pool, a photo of `others` with its mask (4, S, S)."""
         if condition == "replaced" and self.pool is not None:
             return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
         of_class = self.labels[others] == self.labels[index]
-        rows = others[of_class if condition == "same_class" else ~of_class]
-        rows = rows[rows != index] if len(rows) > 1 else rows  # a class may have only one photo
+        if condition == "same_class":  # uses each background once: equal ones would be near
+            seed = (*self.seed, int(self.labels[index]))
+            order = np.random.default_rng(seed).permutation(others[of_class].numpy())
+            return self.view(int(np.roll(order, 1)[order == index][0]))
+        rows = others[~of_class]
         return self.view(int(rows[torch.randint(len(rows), ())]))
 
     def __getitem__(self, n):

@@ -508,12 +508,6 @@ def test_a_wrong_flag_is_named_before_any_training(begun, monkeypatch, failure, 
     assert all(name in line for name in named) and not list(begun.glob("runs/*/*.pt"))
 
 
-def test_an_unknown_loss(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bgbias.main(["--loss", "nonsense"])
-    assert "--loss" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize("damaged, damage", [
     ("images/c19/p1.png", lambda path: path.write_bytes(b"no photo")),
     ("masks/c07/p2.png", Path.unlink),

@@ -414,17 +414,20 @@ def test_own_backgrounds_of_training_come_from_other_classes_of_the_batch(number
     assert len(counts) == 8 and min(counts.values()) > 8 and all({k // 2, other // 2} == {0, 1} for k, other in counts)
 
 
-def test_partners_in_evaluation_are_of_the_same_or_of_another_class(numbered, monkeypatch):
-    """Of all photos, cropped at the centre, with their masks; never the photo itself, unless its class has no other."""
-    monkeypatch.setattr(bgbias, "EVAL_BATCH", 4)
-    labels, draws = [0, 0, 0, 1, 1, 2], dict.fromkeys(TEST_DRAWS, 200)
-    (crops, backgrounds, _), = passes(evaluation(numbered, labels, pool=None, draws=draws), range(1))
-    for condition, drawn in backgrounds.items():
-        for k, label in enumerate(labels):
-            partners = drawn[:, k, 0, 0, 0] // 10
-            right = [j for j in range(6) if j != k and (labels[j] == label) == (condition == "same_class")] or [k]
-            assert set(partners.tolist()) == set(right)
-            assert torch.equal(drawn[:, k], crops[partners.int()])
+def test_partners_in_evaluation_are_of_the_same_or_of_another_class(numbered):
+    """Of all photos, cropped at the centre, with their masks. In same_class, a class uses each of its photos once,
+    none for itself unless it is the only one: two photos on one background would be near for that reason alone."""
+    labels, seen = [0, 0, 0, 1, 1, 2], {}
+    for seed in range(200):
+        item = evaluation(numbered, labels, pool=None, draws=dict.fromkeys(TEST_DRAWS, 1), seed=(seed, 2))[0]
+        for condition, (drawn,) in item[1].items():
+            partners = (drawn[:, 0, 0, 0] // 10).tolist()
+            assert torch.equal(drawn, item[0][partners])
+            seen.setdefault(condition, []).append(partners)
+    assert {tuple(partners) for partners in seen["same_class"]} == {(1, 2, 0, 4, 3, 5), (2, 0, 1, 4, 3, 5)}
+    for condition in ("other_class", "replaced"):
+        for k, partners in enumerate(zip(*seen[condition])):
+            assert set(partners) == {j for j in range(6) if labels[j] != labels[k]}
 
 
 def test_seed_of_gives_every_purpose_its_own_seed():
