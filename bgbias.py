@@ -83,8 +83,8 @@ RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
 EMBEDDING = 128
 RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
 CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # training transform, Section 4
-DRAWS = 5  # random backgrounds per test photo; a validation photo gets one
-TEST_DRAWS = {"replaced": DRAWS, "same_class": 1, "other_class": 1}  # of each condition
+DRAWS = 5  # random backgrounds of `replaced` per test photo; a validation photo gets one
+TEST_DRAWS = {"replaced": DRAWS, "same_class": 1, "other_class": 1}  # backgrounds per test photo
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
 EVAL_BATCH = 32  # photos per batch in evaluation; the size does not change the results
 THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
@@ -486,12 +486,12 @@ class Batches(torch.utils.data.Dataset):
         return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
 
     def background(self, index, condition, others):
-        """For `replaced`, a random photo of the pool (3, S, S) with the training transform (Section
-        4). Otherwise, or without a pool, a photo of `others` with its mask (4, S, S)."""
+        """For `replaced`, a photo of the pool (3, S, S) with the training transform (Section 4).
+        Else, or without a pool, a photo and mask (4, S, S) of `others`, mostly of other classes."""
         if condition == "replaced" and self.pool is not None:
             return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
         of_class = self.labels[others] == self.labels[index]
-        if condition == "same_class":  # uses each background once: equal ones would be near
+        if condition == "same_class":  # once each: photos that share one would find each other
             seed = (*self.seed, int(self.labels[index]))
             order = np.random.default_rng(seed).permutation(others[of_class].numpy())
             return self.view(int(np.roll(order, 1)[order == index][0]))
@@ -506,7 +506,7 @@ class Batches(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
             photo = self.view(index)
             if self.sampler and self.draws and self.pool is None and torch.rand(()) < 0.5:
-                photo = photo.index_fill(0, torch.tensor(3), 255)  # half keep their background
+                photo = photo.index_fill(0, torch.tensor(3), 255)  # half of the images stay clean
             photos.append(photo)
             for condition, draws in self.draws.items():
                 chosen = [self.background(index, condition, others) for _ in range(draws)]
@@ -561,11 +561,11 @@ def remove_object(images, masks):
     place = torch.linspace(0, 1, known.shape[-1], device=images.device)
     colour, share = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
     fill = colour / share.clamp(min=1e-6)  # the mean of the background, or black if there is none
-    for width in (4, 10, 24, 64):  # Gaussians of S / width
-        blur = (((place - place[:, None]) * width).square() / -2).exp()
+    for divisor in (4, 10, 24, 64):  # Gaussians of standard deviation S / divisor
+        blur = (((place - place[:, None]) * divisor).square() / -2).exp()
         blur = blur / blur.sum(dim=1, keepdim=True)
         colour, share = (blur @ known @ blur.T).split((3, 1), dim=1)
-        # A blur replaces the wider ones where a tenth of what it sees is background.
+        # The narrowest blur that sees at least a tenth of background wins.
         fill = fill + (10 * share).clamp(max=1) * (colour / share.clamp(min=1e-6) - fill)
     return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
 
@@ -1001,7 +1001,7 @@ def embed(network, batches, *, extra=False):
 
 def run_test(network, batches, args):
     """{condition: [metrics of each draw]}, the paper's clean and replaced (Section 4.3) among them.
-    In `query`, only the query is replaced. `chance` uses random embeddings."""
+    In `query`, only the query's background is replaced. `chance` uses random embeddings."""
     embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
     ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
     rng = torch.Generator().manual_seed(0)
@@ -1202,8 +1202,8 @@ def as_table(rows):
 
 
 def explain_loss(result):
-    """Two lines: MAP@R in each condition from clean to replaced, and what each step costs."""
-    names = ("clean", *STEPS)[:-1 if result["args"]["backgrounds"] == "own" else None]
+    """Two lines: MAP@R from clean to replaced (own: to other class), and what each step costs."""
+    names = ("clean", *STEPS)[:4 if result["args"]["backgrounds"] == "own" else 5]
     means = [np.mean(result["columns"][name]) for name in names]
     path = " → ".join(f"{name} {mean:.1f}" for name, mean in zip(names, means))
     costs = ", ".join(f"{what} {round(before - after, 1) + 0:.1f}"  # + 0 turns -0.0 into 0.0
@@ -1248,10 +1248,10 @@ def parse_args(argv=None):
     add, default = parser.add_argument, " [%(default)s]"
     add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
     add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
-    add("--bgaugment", action="store_true", help="replace the background of every training image")
+    add("--bgaugment", action="store_true", help="replace backgrounds of training images")
     add("--data", default="data", help="folder that holds the named datasets" + default)
     add("--backgrounds", type=os.path.normpath, help="folder with val/ and test/, or own: those of "
-        "other photos [DATA/unsplash_backgrounds, or FOLDER/backgrounds, or own without it]")
+        "photos of other classes [DATA/unsplash_backgrounds, or FOLDER/backgrounds, else own]")
     add("--runs", default="runs", help="folder that holds the run folders" + default)
     add("--seed", type=int, default=42, help="seed of all random numbers" + default)
     add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
@@ -1282,7 +1282,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not (known.backgrounds or args.bgaugment or args.dataset in SPLITS
             or Path(args.backgrounds).is_dir()):
-        args.backgrounds = "own"  # a measurement needs no pool of backgrounds
+        args.backgrounds = "own"  # without BGAugment, no pool is needed
     excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
     args.settings = {name: value for name, value in vars(args).items()
                      if name not in excluded and value != parser.get_default(name)}

@@ -318,8 +318,8 @@ def nearest(run, rows):
 
 
 def draw_neighbours(pair, count, file, *, worst):
-    """Draws --neighbours: a row shows a query on its own and on other backgrounds and, for one run,
-    the photos nearest to the last. With `worst`, only queries that the new background misleads."""
+    """Draws --neighbours: a row shows a query from clean to replaced and, for one run, the photos
+    nearest to the last version. With `worst`, only queries that the new background misleads."""
     first = next(iter(pair.values()))
     labels = torch.as_tensor(first.split.labels)
     rows = shuffled(first)[:CANDIDATES if worst else count]
@@ -364,7 +364,7 @@ def draw_neighbours(pair, count, file, *, worst):
 
 @torch.no_grad()
 def occlusion(run, network, rows):
-    """(3, N), without gradients: how far the embedding moves when a background photo replaces the
+    """(3, N), without gradients: how far the embedding moves when another background replaces the
     background, how far when it replaces the object, and the object's share of the image."""
     moves, distance = [], DISTANCES[run.args.loss]
     for photos, backgrounds, _ in loader(photos_of(run, rows, {"replaced": 1}), run.args):

@@ -8,10 +8,10 @@
 #
 # Each GPU (default: all visible GPUs) does one run at a time. The same command skips finished runs
 # and resumes interrupted runs. Failures are listed at the end; they stop only what depends on them.
-# DATA and RUNS replace data/ and runs/. FLAGS holds more flags for bgbias.py, such as "--lr 1e-5".
+# DATA and RUNS replace data/ and runs/. FLAGS has more flags for bgbias.py: "--backgrounds own".
 #
-# SLURM: activate the environment first. DATA has the same path on all nodes. An array has a task
-# per run (--dry-run train | wc -l). A minute before its time limit, a task requeues itself.
+# SLURM: activate the environment first. DATA and RUNS must have one path on all nodes. An array has
+# one task per run (--dry-run train prints them). A task requeues itself before its time limit.
 #
 #   bash run_all.sh data masks           the downloads need internet
 #   sbatch --array=0-29 --gres=gpu:1 --cpus-per-task=8 --mem=48G -t 12:00:00 \
