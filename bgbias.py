@@ -1066,7 +1066,7 @@ def train(args, splits, state, run):
     log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
     network = state.network
     train_labels = splits["train"].labels
-    # DIFF: if there are too few classes for a batch, it holds more images per class.
+    # DIFF: if there are too few classes for a batch, it holds all, with as many images each as fit.
     classes = min(args.batch_size // IMAGES_PER_CLASS[args.loss], len(np.unique(train_labels)))
     if classes < 2:
         raise UserError(f"--batch-size {args.batch_size}: too small for two classes; give more")
