@@ -430,9 +430,8 @@ def free_memory():
         return 1.0
     machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
     free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    # Version 2 of cgroups has one line 0::/path, version 1 has a line N:memory:/path.
-    lines = re.findall(r"^\d+:(memory|):/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
-    for version1, path in lines:
+    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
         group = Path("/sys/fs/cgroup", version1, path)
         names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
         for folder in (group, *group.parents):
@@ -487,7 +486,8 @@ class Batches(torch.utils.data.Dataset):
 
     def background(self, index, condition, others):
         """For `replaced`, a photo of the pool (3, S, S) with the training transform (Section 4).
-        Else, or without a pool, a photo and mask (4, S, S) of `others`, mostly of other classes."""
+        Else, or without a pool, one of `others` and its mask (4, S, S): for `same_class` of the
+        same class, for all else of another one."""
         if condition == "replaced" and self.pool is not None:
             return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
         of_class = self.labels[others] == self.labels[index]
