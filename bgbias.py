@@ -41,7 +41,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# ---- 1. Constants --------------------------------------------------------------------------------
+
+# ==================================================================================================
+# PART I: THE PAPER
+# ==================================================================================================
+
+
+# ---- 1. Protocol ---------------------------------------------------------------------------------
 
 # No class is in two splits. Labels start at 0 (Section 4.1).
 SPLITS = {
@@ -53,27 +59,6 @@ SPLITS = {
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
 POOL_SIZE = 100  # background photos in each of val/ and test/
-
-# The paper's results are five numbers for base, then five for BGAugment: test MAP@R in % on clean
-# photos; MAP@R with replaced backgrounds and its standard deviation over the draws; the attention
-# score and its standard deviation over the images.
-PAPER = {tuple(row[:2]): [*map(float, row[2:])] for row in map(str.split, """
-cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
-cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
-cars196  multi_similarity    18.80  16.25 0.06  0.52 0.09    15.61  15.48 0.05  0.50 0.09
-cars196  arcface             16.25  13.63 0.08  0.49 0.10    16.19  16.23 0.04  0.56 0.10
-cars196  normalized_softmax  18.06  15.36 0.03  0.51 0.09    18.15  18.12 0.05  0.56 0.09
-cub200   contrastive         20.27  12.47 0.08  0.25 0.08    19.39  15.46 0.08  0.32 0.10
-cub200   triplet             18.29  10.94 0.05  0.24 0.08    18.56  15.33 0.16  0.33 0.09
-cub200   multi_similarity    19.19  12.21 0.16  0.26 0.08    18.93  15.65 0.16  0.30 0.09
-cub200   arcface             20.66  12.87 0.16  0.25 0.08    20.91  17.92 0.08  0.33 0.09
-cub200   normalized_softmax  20.18  12.41 0.10  0.24 0.08    20.60  17.39 0.10  0.30 0.08
-sop      contrastive         37.98   4.17 0.05  0.07 0.16    31.52  24.09 0.04  0.31 0.20
-sop      triplet             36.71   6.05 0.06  0.08 0.17    29.63  21.39 0.07  0.26 0.22
-sop      multi_similarity    39.65   6.51 0.06  0.11 0.17    32.67  24.00 0.07  0.28 0.19
-sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  0.26 0.17
-sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
-""".strip().splitlines())}
 
 DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
                 weights="imagenet")
@@ -87,461 +72,55 @@ DRAWS = 5  # random backgrounds of `replaced` per test photo; a validation photo
 TEST_DRAWS = {"replaced": DRAWS, "same_class": 1, "other_class": 1}  # backgrounds per test photo
 RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
 EVAL_BATCH = 32  # photos per batch in evaluation; the size does not change the results
-THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
-# A mask is suspicious if less than EMPTY or more than FULL is foreground, or more than FUZZY grey.
-EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15  # grey: 10 to 90 %
 
 # Random numbers are seeded with the run's seed, their purpose and the number of the batch or photo.
 # So a resumed run needs no saved random state.
 INIT, TRAIN, VAL, TEST, STEP = range(5)
 
-# Network input: channel order, mean and standard deviation, for pixels in [0, 255].
-BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
-RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Arcface's
+# margin is in degrees. A user's own folder uses those of cars196.
+HPARAMS = {
+    "cars196": {
+        "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
+        "triplet": dict(margin=0.11902737154413517),
+        "multi_similarity": dict(alpha=14.358760978642266, beta=75.83486384086837,
+                                 base=0.6615555839124118),
+        "arcface": dict(margin=20.52230893710211, scale=49.501652066223656,
+                        lr_loss=7.398518179078544e-06),
+        "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
+    },
+    "cub200": {
+        # The negative pos_margin is correct: nzmean() then averages over all positive pairs.
+        "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
+        "triplet": dict(margin=0.09610074859813894),
+        "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
+                                 base=0.5624815816186126),
+        "arcface": dict(margin=23.225935497468093, scale=99.99999999999999,
+                        lr_loss=0.0051384088179694),
+        "normalized_softmax": dict(temperature=0.10874714987070239, lr_loss=0.004468915155818225),
+    },
+    "sop": {
+        "contrastive": dict(pos_margin=0.2850258234628094, neg_margin=0.5130146609636679),
+        "triplet": dict(margin=0.04519248868248313),
+        "multi_similarity": dict(alpha=8.492496310524517, beta=57.38862611417401,
+                                 base=0.41673621630849955),
+        "arcface": dict(margin=18.63185573324141, scale=220.36285192573413,
+                        lr_loss=0.0020186601854510562),
+        "normalized_softmax": dict(temperature=0.06306243924788482, lr_loss=0.0005468337161961759),
+    },
+    "toy": {  # chosen by us
+        "contrastive": dict(pos_margin=0.2, neg_margin=0.7),
+        "triplet": dict(margin=0.2),
+        "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
+        "arcface": dict(margin=10.0, scale=16.0, lr_loss=0.01),
+        "normalized_softmax": dict(temperature=0.1, lr_loss=0.01),
+    },
+}
+
+
+# ---- 2. Backgrounds ------------------------------------------------------------------------------
+
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which fills the hidden part of a photo
-BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
-
-
-class UserError(Exception):
-    """An error that the user can fix. It is printed as one line, and the exit code is 2."""
-
-
-# ---- 2. Data -------------------------------------------------------------------------------------
-
-Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
-NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
-PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
-# A dataset is recognised by one of these paths. Its root is the folder that contains the path.
-PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
-          "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
-
-
-def dataset_root(dataset, data):
-    """The root of a named dataset in `data`, or the user's own folder. Raises UserError."""
-    if dataset == "toy":
-        return make_toy(Path(data, "toy"))
-    if dataset in PLACES:
-        for place in PLACES[dataset]:
-            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-                if found.exists():
-                    return found.parent
-        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; put it there (README, Reproduce the paper)")
-    if not Path(dataset, "images").is_dir():
-        raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
-                        f"one, or {', '.join(SPLITS)}")
-    return Path(dataset)
-
-
-def list_cars196(root):
-    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
-    from scipy.io import loadmat
-
-    if (root / "car_ims").is_dir():
-        files = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    listed = []
-    for file, folder, field in files:
-        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
-        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-    return listed
-
-
-def list_sop(root):
-    """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
-    lines = [line for name in ("Ebay_train.txt", "Ebay_test.txt")
-             for line in (root / name).read_text().splitlines()[1:]]
-    return [(root / path, int(label) - 1) for _, label, _, path in map(str.split, lines)]
-
-
-def list_folder(root):
-    """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    folders, labels = visible(root / "images"), {}
-    for label, folder in enumerate(filter(list_photos, folders)):
-        labels |= dict.fromkeys(list_photos(folder), label)
-    found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
-                       path.suffix.lower() or path.name for path in found if path not in labels)
-    if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
-              + "; convert .heic to .jpg" * (".heic" in left_out))
-    return list(labels.items())
-
-
-def visible(folder):
-    """The sorted paths in a folder, except hidden files; [] if it is missing or a file."""
-    paths = folder.iterdir() if folder.is_dir() else []
-    return sorted(path for path in paths if not path.name.startswith("."))
-
-
-def list_photos(folder):
-    """The sorted paths of the photos in a folder."""
-    return [path for path in visible(folder)
-            if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
-
-
-def mask_path(root, image):
-    """The mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
-    folder = root / "images" if root / "images" in image.parents else root
-    return Path(root, "masks", image.relative_to(folder)).with_suffix(".png")
-
-
-def load_splits(dataset, data="data", *, need_masks=True, training=True):
-    """{"train", "val", "test": Split} (Section 4.1). Without `training`, all classes of a folder
-    are test classes. Without `need_masks`, masks may be missing, classes few. Raises UserError."""
-    root = dataset_root(dataset, data)
-    listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
-    images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
-    masks = [mask_path(root, image) for image in images]
-    classes = len(np.unique(labels))  # a user's folder is split 74 : 24 : 98, like Cars196
-    trained = training * max(2, round(classes * 74 / 196))
-    seen = trained + training * max(2, round(classes * 24 / 196))
-    ranges = {"train": range(trained), "val": range(trained, seen), "test": range(seen, classes)}
-    splits = {}
-    for name, chosen in SPLITS.get(dataset, ranges).items():
-        rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
-        splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
-    counts = len(images), len(splits["test"].images)
-    if counts != COUNTS.get(dataset, counts):
-        raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
-                        "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
-    for name in splits if training else ("test",):
-        photos = np.unique(splits[name].labels, return_counts=True)[1]  # photos per class
-        if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
-            raise UserError(f"{root}: too few classes or photos for {name}; put photos into at "
-                            f"least six folders {root}/images/<class>/ (two for --epochs 0)")
-    mask, photos = Counter(masks).most_common(1)[0]
-    if photos > 1:
-        raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images + masks * need_masks if not path.is_file()]
-    if missing:
-        where = f" --data {data}" if dataset in SPLITS else ""
-        remedy = (f"unpack {root} again" if missing[0] in images else
-                  f"run: python masks.py --dataset {dataset}{where}")
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
-    return splits
-
-
-def open_image(path):
-    """The decoded PIL image of a file, upright. Raises UserError."""
-    # DIFF: images are turned upright as their EXIF tag says.
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
-
-
-def open_rgb(path):
-    """The photo as an upright 8-bit RGB PIL image. Transparency becomes white. Raises UserError."""
-    image = open_image(path)
-    if image.mode[0] in "IF":  # more than 8 bits or floats, which Pillow would clip at 255
-        pixels = np.asarray(image, float)
-        white = next((white for white in (1, 255) if pixels.max() <= white), 65535)
-        image = Image.fromarray((pixels / (white / 255)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def open_mask(path):
-    """The mask as an upright 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files
-    are accepted too. Raises UserError for others, and for labels (a largest value of 1 to 127)."""
-    mask = open_image(path)
-    channels = mask.split()
-    if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
-        mask = channels[0]
-    if mask.mode not in ("1", "L") or 0 < mask.convert("L").getextrema()[1] < THRESHOLD:
-        raise UserError(f"{path}: not a mask (mode {mask.mode}, largest value "
-                        f"{mask.getextrema()[-1]}); save it as 8-bit greyscale, 255 = foreground")
-    return mask.convert("L")
-
-
-def open_pair(image, mask):
-    """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
-    photo, opened = open_rgb(image), open_mask(mask)
-    if photo.size != opened.size:
-        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
-                        "the mask and run masks.py")
-    return photo, opened
-
-
-def mask_faults(mask):
-    """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
-    pixels = np.asarray(mask)
-    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
-    return share < EMPTY, share > FULL, grey > FUZZY, share
-
-
-def check_masks(splits):
-    """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
-    masks = [mask for split in splits.values() for mask in split.masks]
-    sample = np.random.default_rng(0).permutation(len(masks))[:200]
-    faults = np.array([mask_faults(open_mask(masks[i])) for i in sample])
-    empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
-    print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
-          f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
-    if 2 * (empty + full) > len(sample):
-        raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
-
-
-def list_backgrounds(args, name):
-    """The sorted photos in --backgrounds/val or /test; [] if it is own. Raises UserError."""
-    # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
-    pool = list_photos(Path(args.backgrounds, name))
-    of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
-    if (not pool and args.backgrounds != "own") or (of_paper and len(pool) != POOL_SIZE):
-        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
-                        "its folders val/ and test/, or give --backgrounds own")
-    return pool
-
-
-# Toy is a user's folder. A class is the product of one seller, who has a favourite backdrop.
-
-
-def toy_texture(seed, size):
-    """A backdrop, (size, size) PIL image: distorted waves between two random colours."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / 64
-    waves = rng.uniform([-3, -3, 0, 0.3], [3, 3, 1, 1], (3, 4))
-    level = sum(a * np.sin(2 * np.pi * (fx * x + fy * y + p)) for fx, fy, p, a in waves)
-    dark, light = rng.uniform(0, 255, (2, 3))
-    image = dark + (light - dark) * (np.tanh(2 * level[..., None]) + 1) / 2
-    return Image.fromarray(image.astype(np.uint8))
-
-
-def toy_class(rng, photos=20, size=54, share=0.95):
-    """Yields (photo, mask) pairs of one class, as PIL images: a symmetric 5 x 5 grid of two colours
-    in random size, pose and light, on the seller's backdrop with probability `share`."""
-    half = rng.random((5, 3)) < 0.5
-    grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
-    tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
-    tile = Image.fromarray(tile).convert("RGBA")
-    seller = rng.integers(2**60)
-    for _ in range(photos):
-        seed = seller if rng.random() < share else rng.integers(2**60)
-        top, left = rng.integers(0, size, 2)
-        photo = toy_texture(seed, 2 * size).crop((left, top, left + size, top + size))
-        side = int(size * rng.uniform(0.5, 0.8))
-        product = tile.resize((side, side), Image.NEAREST)
-        product = product.rotate(rng.uniform(-30, 30), Image.BICUBIC, expand=True)
-        corner = tuple(int((size - n) * rng.random()) for n in product.size)
-        mask = Image.new("L", photo.size)
-        mask.paste(product.getchannel("A"), corner)
-        photo.paste(product, corner, product)
-        light = np.asarray(photo) * rng.uniform(0.75, 1.2) * rng.uniform(0.9, 1.1, 3)
-        yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
-
-
-def draw_toy(root, seed):
-    """Saves all pictures of the toy set in the folder `root`."""
-    pictures = {}
-    for label in range(SPLITS["toy"]["test"].stop):
-        for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
-            pictures[f"images/{label:03d}/{i:02d}.png"] = photo
-            pictures[f"masks/{label:03d}/{i:02d}.png"] = mask
-    for number, name in enumerate(("val", "test")):
-        for i in range(POOL_SIZE):
-            pictures[f"backgrounds/{name}/{i:02d}.png"] = toy_texture([seed, number, i, 1], 80)
-    for path, picture in pictures.items():
-        Path(root, path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(Path(root, path))
-
-
-def make_toy(root, seed=2022):
-    """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
-    same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
-    if not root.exists():
-        try:
-            write(root, lambda draft: draw_toy(draft, seed))
-        except OSError:
-            if not root.exists():  # otherwise another process was faster
-                raise
-    return root
-
-
-def write(path, save):
-    """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        draft = Path(folder, path.name)
-        save(draft)
-        draft.replace(path)
-
-
-def write_text(path, text):
-    write(path, lambda draft: draft.write_text(text, "utf-8", "backslashreplace"))
-
-
-# ---- 3. Batches: decoding once, crops, background replacement ------------------------------------
-
-
-class Photos(torch.utils.data.Dataset):
-    """Item i: photo and mask in one (4, H, W) uint8 tensor, so that both get the same crops and
-    flips; without masks, (3, H, W). It is resized for crops of `size` px. With `keep`, as many
-    photos as fit in memory are decoded now. The rest are decoded on every access."""
-
-    def __init__(self, images, masks, size, *, keep=True):
-        self.images, self.masks = images, masks
-        self.short_side = round(RESIZE * size)
-        self.kept = []
-        if not keep:
-            return
-        # DIFF: photos are resized once per run, not on every access.
-        for photo in self.decode_all("decoding"):
-            if free_memory() < 0.1:
-                print(f"memory is short: {len(self.kept):,} of {len(self):,} photos are kept, the "
-                      "rest are decoded on every access (--workers helps)")
-                break
-            self.kept.append(photo)
-
-    def decode_all(self, title):
-        """Yields all items in order. Threads decode them ahead, until the caller stops."""
-        threads = ThreadPoolExecutor()
-        try:
-            decoded = threads.map(self.decode, range(len(self)))
-            yield from tqdm(decoded, title, len(self), leave=False, disable=None)
-        finally:
-            threads.shutdown(cancel_futures=True)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.kept[i] if i < len(self.kept) else self.decode(i)
-
-    def decode(self, i):
-        image = self.images[i]
-        planes = [open_rgb(image)] if self.masks is None else open_pair(image, self.masks[i])
-        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
-
-
-def free_memory():
-    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
-    if sys.platform != "linux":
-        return 1.0
-    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
-    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
-    for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
-        group = Path("/sys/fs/cgroup", version1, path)
-        names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such limit, or it is "max"
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
-                stat = dict(re.findall(r"(\w+) (\d+)", (folder / "memory.stat").read_text()))
-                used -= int(stat.get("total_inactive_file", stat["inactive_file"]))  # file cache
-                free.append(1 - used / limit)
-    return min(free)
-
-
-def random_view(photo, size):
-    """The training transform, RandomResizedCrop and flip: (., H, W) uint8 -> (., S, S) uint8."""
-    # DIFF: crops are resized as uint8 tensors, not as PIL images; pixels differ by at most 1.
-    box = torchvision.transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO)
-    view = TF.resized_crop(photo, *box, [size, size], antialias=True)
-    return TF.hflip(view) if torch.rand(()) < FLIP else view
-
-
-def seed_of(*numbers):
-    """One 64-bit seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-class Batches(torch.utils.data.Dataset):
-    """Item n: photos (B, 4, S, S), {condition: backgrounds (draws, B, 3 or 4, S, S)}, both uint8,
-    and labels (B,). `draws` is {condition: backgrounds per photo}; see background(). With a
-    sampler, item n is the n-th batch of the training, and its photos are cropped at random. Without
-    one, items_per_pass items hold all photos in order, cropped at the centre, and the following
-    items hold the same photos with other backgrounds."""
-
-    def __init__(self, *, photos, labels, size, seed, pool=None, draws=None, sampler=None):
-        self.photos, self.labels = photos, torch.as_tensor(labels)
-        self.size, self.seed = size, seed
-        self.pool, self.draws, self.sampler = pool, draws or {}, sampler
-        self.items_per_pass = math.ceil(len(photos) / EVAL_BATCH)
-
-    def plan(self, n):
-        """[(index of a photo, seed of its random numbers)] of item n."""
-        # DIFF: a batch depends only on the seed and its number, so a resumed run repeats no batch.
-        if self.sampler:
-            indices = self.sampler.batch((*self.seed, n))
-            return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
-        epoch, item = divmod(n, self.items_per_pass)
-        indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
-        return [(index, (*self.seed, epoch, index)) for index in indices]
-
-    def view(self, index):
-        """Photo and mask, cropped: (4, S, S)."""
-        photo = self.photos[index]
-        return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
-
-    def background(self, index, condition, others):
-        """For `replaced`, a photo of the pool (3, S, S) with the training transform (Section 4).
-        Else, or without a pool, one of `others` and its mask (4, S, S): for `same_class` of the
-        same class, for all else of another one."""
-        if condition == "replaced" and self.pool is not None:
-            return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
-        of_class = self.labels[others] == self.labels[index]
-        if condition == "same_class":  # once each: photos that share one would find each other
-            seed = (*self.seed, int(self.labels[index]))
-            order = np.random.default_rng(seed).permutation(others[of_class].numpy())
-            return self.view(int(np.roll(order, 1)[order == index][0]))
-        rows = others[~of_class]
-        return self.view(int(rows[torch.randint(len(rows), ())]))
-
-    def __getitem__(self, n):
-        plan, photos, drawn = self.plan(n), [], defaultdict(list)
-        indices = [index for index, _ in plan]
-        others = torch.tensor(indices) if self.sampler else torch.arange(len(self.photos))
-        for index, seed in plan:
-            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
-            photo = self.view(index)
-            if self.sampler and self.draws and self.pool is None and torch.rand(()) < 0.5:
-                photo = photo.index_fill(0, torch.tensor(3), 255)  # half of the images stay clean
-            photos.append(photo)
-            for condition, draws in self.draws.items():
-                chosen = [self.background(index, condition, others) for _ in range(draws)]
-                drawn[condition].append(torch.stack(chosen))
-        backgrounds = {condition: torch.stack(some, dim=1) for condition, some in drawn.items()}
-        return torch.stack(photos), backgrounds, self.labels[indices]
-
-
-def make_batches(args, split, purpose, draws, sampler=None):
-    """The Batches of a Split. Photos that are needed only once are not kept in memory."""
-    keep = purpose != TEST or "other_class" in draws
-    photos = Photos(split.images, split.masks, args.image_size, keep=keep)
-    paths = list_backgrounds(args, "test" if purpose == TEST else "val") if draws else []
-    pool = Photos(paths, None, args.image_size) if paths else None
-    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=pool,
-                   seed=(args.seed, purpose), draws=draws, sampler=sampler)
-
-
-def loader(batches, args, items=None):
-    """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
-    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
-    for photos, backgrounds, labels in torch.utils.data.DataLoader(
-            batches, batch_size=None, num_workers=args.workers,
-            sampler=range(batches.items_per_pass) if items is None else items,
-            timeout=120 if args.workers else 0,  # seconds; a full /dev/shm would block forever
-            multiprocessing_context="fork" if fork and args.workers else None,
-            pin_memory=args.device.startswith("cuda")):
-        photos, labels, *drawn = (tensor.to(args.device, non_blocking=True)
-                                  for tensor in (photos, labels, *backgrounds.values()))
-        yield photos, dict(zip(backgrounds, drawn)), labels
-
-
-def unpack(photos):
-    """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
-    return photos[:, :3].float(), photos[:, 3:].float() / 255
 
 
 def replace_background(images, masks, backgrounds):
@@ -575,7 +154,12 @@ def as_backgrounds(drawn):
     return remove_object(*unpack(drawn)) if drawn.shape[1] == 4 else drawn.float()
 
 
-# ---- 4. Sampler ----------------------------------------------------------------------------------
+def unpack(photos):
+    """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
+    return photos[:, :3].float(), photos[:, 3:].float() / 255
+
+
+# ---- 3. Sampler ----------------------------------------------------------------------------------
 
 
 class MPerClassSampler:
@@ -597,7 +181,7 @@ class MPerClassSampler:
         return indices
 
 
-# ---- 5. Network ----------------------------------------------------------------------------------
+# ---- 4. Network ----------------------------------------------------------------------------------
 
 # A block without a 1x1 branch has stride 2.
 BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projection
@@ -673,66 +257,9 @@ class BNInception(nn.Module):
         return x.mean(dim=(2, 3))  # (B, 1024, 7, 7) -> (B, 1024)
 
 
-def smallconv():
-    """Four 3x3 convolution blocks for the toy set: (B, 3, H, W) -> (B, 128)."""
-    layers = []
-    for width, out in itertools.pairwise((3, 16, 32, 64, 128)):
-        layers += [conv(width, out, 3), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers[:-1], nn.AdaptiveMaxPool2d(1), nn.Flatten())
-
-
-def build_backbone(name, weights):
-    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
-    none (random) or a file with a state dict. Raises UserError for unknown names."""
-    if name == "bninception":
-        network = BNInception()
-    elif name == "smallconv" and weights != "imagenet":
-        network = smallconv()
-    elif ":" in name:  # FOLDER:NAME calls NAME() of the hubconf.py in FOLDER
-        folder, _, entry = name.rpartition(":")
-        network = torch.hub.load(folder, entry, source="local")
-        network = network if isinstance(network, nn.Module) else Function(network)
-        for module in network.modules():
-            if weights == "none" and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        pretrained = "DEFAULT" if weights == "imagenet" else None
-        network = torchvision.models.get_model(name, weights=pretrained)
-    else:
-        raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
-                        "give bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
-    state = {}
-    if weights not in ("imagenet", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    elif (name, weights) == ("bninception", "imagenet"):
-        state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-    if state:  # the public BN-Inception also has an ImageNet classifier, which we skip
-        skipped = ("last_linear.weight", "last_linear.bias") if name == "bninception" else ()
-        network.load_state_dict({k: v for k, v in state.items() if k not in skipped})
-    if name in torchvision.models.list_models(module=torchvision.models):
-        remove_classifier(network)
-    return network
-
-
-class Function(nn.Module):
-    """Wraps a function (B, 3, S, S) float32 on the CPU -> (B, features), a tensor or an array."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return torch.as_tensor(self.function(x.detach().cpu().contiguous()), device=x.device)
-
-
-def remove_classifier(network):
-    """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
-    network.aux_logits, network.transform_input = False, True
-    classifiers = [path for path, layer in network.named_modules() if 1000 in
-                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, classifier = classifiers[-1].rpartition(".")
-    setattr(network.get_submodule(parent), classifier, nn.Identity())
+# Network input: channel order, mean and standard deviation, for pixels in [0, 255].
+BGR_CAFFE = ([2, 1, 0], [104.0, 117.0, 128.0], [1.0, 1.0, 1.0])
+RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 
 class Embedder(nn.Module):
@@ -784,7 +311,8 @@ class Embedder(nn.Module):
         return self
 
 
-# ---- 6. Losses of embeddings (B, D) of unit length, labels (B,) and, if any, class weights (C, D)
+# ---- 5. Losses -----------------------------------------------------------------------------------
+
 
 # Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Class
 # weights, also called proxies, are one vector per class. Pair losses ignore `weight`. All losses
@@ -874,48 +402,8 @@ IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
                     "arcface": 1, "normalized_softmax": 1}  # in a batch
 CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
 
-# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Arcface's
-# margin is in degrees. A user's own folder uses those of cars196.
-HPARAMS = {
-    "cars196": {
-        "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
-        "triplet": dict(margin=0.11902737154413517),
-        "multi_similarity": dict(alpha=14.358760978642266, beta=75.83486384086837,
-                                 base=0.6615555839124118),
-        "arcface": dict(margin=20.52230893710211, scale=49.501652066223656,
-                        lr_loss=7.398518179078544e-06),
-        "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
-    },
-    "cub200": {
-        # The negative pos_margin is correct: nzmean() then averages over all positive pairs.
-        "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
-        "triplet": dict(margin=0.09610074859813894),
-        "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
-                                 base=0.5624815816186126),
-        "arcface": dict(margin=23.225935497468093, scale=99.99999999999999,
-                        lr_loss=0.0051384088179694),
-        "normalized_softmax": dict(temperature=0.10874714987070239, lr_loss=0.004468915155818225),
-    },
-    "sop": {
-        "contrastive": dict(pos_margin=0.2850258234628094, neg_margin=0.5130146609636679),
-        "triplet": dict(margin=0.04519248868248313),
-        "multi_similarity": dict(alpha=8.492496310524517, beta=57.38862611417401,
-                                 base=0.41673621630849955),
-        "arcface": dict(margin=18.63185573324141, scale=220.36285192573413,
-                        lr_loss=0.0020186601854510562),
-        "normalized_softmax": dict(temperature=0.06306243924788482, lr_loss=0.0005468337161961759),
-    },
-    "toy": {  # chosen by us
-        "contrastive": dict(pos_margin=0.2, neg_margin=0.7),
-        "triplet": dict(margin=0.2),
-        "multi_similarity": dict(alpha=2.0, beta=20.0, base=0.5),
-        "arcface": dict(margin=10.0, scale=16.0, lr_loss=0.01),
-        "normalized_softmax": dict(temperature=0.1, lr_loss=0.01),
-    },
-}
 
-
-# ---- 7. Metrics ----------------------------------------------------------------------------------
+# ---- 6. Metrics ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -973,49 +461,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None):
     return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
 
 
-# ---- 8. Test protocol ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def embed(network, batches, *, extra=False):
-    """{condition: (draws, N, D)} of evaluation batches: clean, the conditions of their backgrounds
-    and, with `extra`, pasted (cut out and put back), object_only and background_only."""
-    network.eval()
-    embeddings = defaultdict(list)
-    for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
-        images, masks = unpack(photos)
-        views = {"clean": [images]}
-        for condition, draws in backgrounds.items():
-            views[condition] = [replace_background(images, masks, as_backgrounds(drawn))
-                                for drawn in draws]
-        if extra:
-            removed, paint = remove_object(images, masks), images.new_tensor(MEAN_COLOUR)
-            views["pasted"] = [replace_background(images, masks, removed)]
-            views["object_only"] = [replace_background(images, masks, paint.view(3, 1, 1))]
-            views["background_only"] = [removed]
-        for condition, versions in views.items():
-            embedded = [network(network.normalise(version)) for version in versions]
-            embeddings[condition].append(torch.stack(embedded))
-    return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
-
-
-def run_test(network, batches, args):
-    """{condition: [metrics of each draw]}, the paper's clean and replaced (Section 4.3) among them.
-    In `query`, only the query's background is replaced. `chance` uses random embeddings."""
-    embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
-    ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
-    rng = torch.Generator().manual_seed(0)
-    embeddings["chance"] = torch.randn(DRAWS, len(labels), EMBEDDING, generator=rng)
-    scores, clean = defaultdict(list), embeddings["clean"][0]
-    for condition, draws in embeddings.items():
-        for draw in draws:
-            scores[condition].append(retrieval_metrics(draw, labels, ks))
-    scores["query"] = [retrieval_metrics(draw, labels, ks, gallery=clean)
-                       for draw in embeddings["replaced"]]
-    return dict(scores)
-
-
-# ---- 9. Training ---------------------------------------------------------------------------------
+# ---- 7. Training ---------------------------------------------------------------------------------
 
 
 class State:
@@ -1116,10 +562,583 @@ def train(args, splits, state, run):
               f"up to {seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
 
 
-# ---- 10. Tables ----------------------------------------------------------------------------------
+# ---- 8. Test -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(network, batches, *, extra=False):
+    """{condition: (draws, N, D)} of evaluation batches: clean, the conditions of their backgrounds
+    and, with `extra`, pasted (cut out and put back), object_only and background_only."""
+    network.eval()
+    embeddings = defaultdict(list)
+    for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
+        images, masks = unpack(photos)
+        views = {"clean": [images]}
+        for condition, draws in backgrounds.items():
+            views[condition] = [replace_background(images, masks, as_backgrounds(drawn))
+                                for drawn in draws]
+        if extra:
+            removed, paint = remove_object(images, masks), images.new_tensor(MEAN_COLOUR)
+            views["pasted"] = [replace_background(images, masks, removed)]
+            views["object_only"] = [replace_background(images, masks, paint.view(3, 1, 1))]
+            views["background_only"] = [removed]
+        for condition, versions in views.items():
+            embedded = [network(network.normalise(version)) for version in versions]
+            embeddings[condition].append(torch.stack(embedded))
+    return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
+
+
+def run_test(network, batches, args):
+    """{condition: [metrics of each draw]}, the paper's clean and replaced (Section 4.3) among them.
+    In `query`, only the query's background is replaced. `chance` uses random embeddings."""
+    embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
+    ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
+    rng = torch.Generator().manual_seed(0)
+    embeddings["chance"] = torch.randn(DRAWS, len(labels), EMBEDDING, generator=rng)
+    scores, clean = defaultdict(list), embeddings["clean"][0]
+    for condition, draws in embeddings.items():
+        for draw in draws:
+            scores[condition].append(retrieval_metrics(draw, labels, ks))
+    scores["query"] = [retrieval_metrics(draw, labels, ks, gallery=clean)
+                       for draw in embeddings["replaced"]]
+    return dict(scores)
+
+
+# ==================================================================================================
+# PART II: FROM FILES TO TABLES
+# ==================================================================================================
+
+
+# ---- 9. Datasets ---------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """An error that the user can fix. It is printed as one line, and the exit code is 2."""
+
+
+Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
+NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
+PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
+
+# A dataset is recognised by one of these paths. Its root is the folder that contains the path.
+PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+          "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
+
+
+def dataset_root(dataset, data):
+    """The root of a named dataset in `data`, or the user's own folder. Raises UserError."""
+    if dataset == "toy":
+        return make_toy(Path(data, "toy"))
+    if dataset in PLACES:
+        for place in PLACES[dataset]:
+            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
+                if found.exists():
+                    return found.parent
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
+                        "folder deeper; put it there (README, Reproduce the paper)")
+    if not Path(dataset, "images").is_dir():
+        raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
+                        f"one, or {', '.join(SPLITS)}")
+    return Path(dataset)
+
+
+def list_cars196(root):
+    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
+    from scipy.io import loadmat
+
+    if (root / "car_ims").is_dir():
+        files = [("cars_annos.mat", "", "relative_im_path")]
+    else:
+        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
+        test = test if (root / test).exists() else f"devkit/{test}"
+        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
+                 (test, "cars_test", "fname")]
+    listed = []
+    for file, folder, field in files:
+        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
+        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
+    return listed
+
+
+def list_sop(root):
+    """[(path, label)] of Ebay_{train,test}.txt: image_id class_id super_class_id path."""
+    lines = [line for name in ("Ebay_train.txt", "Ebay_test.txt")
+             for line in (root / name).read_text().splitlines()[1:]]
+    return [(root / path, int(label) - 1) for _, label, _, path in map(str.split, lines)]
+
+
+def list_folder(root):
+    """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
+    folders, labels = visible(root / "images"), {}
+    for label, folder in enumerate(filter(list_photos, folders)):
+        labels |= dict.fromkeys(list_photos(folder), label)
+    found = itertools.chain(*(visible(path) or [path] for path in folders))
+    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
+                       path.suffix.lower() or path.name for path in found if path not in labels)
+    if left_out:
+        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
+              + "; convert .heic to .jpg" * (".heic" in left_out))
+    return list(labels.items())
+
+
+def visible(folder):
+    """The sorted paths in a folder, except hidden files; [] if it is missing or a file."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def list_photos(folder):
+    """The sorted paths of the photos in a folder."""
+    return [path for path in visible(folder)
+            if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file()]
+
+
+def list_backgrounds(args, name):
+    """The sorted photos in --backgrounds/val or /test; [] if it is own. Raises UserError."""
+    # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
+    pool = list_photos(Path(args.backgrounds, name))
+    of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
+    if (not pool and args.backgrounds != "own") or (of_paper and len(pool) != POOL_SIZE):
+        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
+                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
+                        "its folders val/ and test/, or give --backgrounds own")
+    return pool
+
+
+def mask_path(root, image):
+    """The mask of ROOT/images/a/b.jpg or ROOT/a/b.jpg is ROOT/masks/a/b.png."""
+    folder = root / "images" if root / "images" in image.parents else root
+    return Path(root, "masks", image.relative_to(folder)).with_suffix(".png")
+
+
+def load_splits(dataset, data="data", *, need_masks=True, training=True):
+    """{"train", "val", "test": Split} (Section 4.1). Without `training`, all classes of a folder
+    are test classes. Without `need_masks`, masks may be missing, classes few. Raises UserError."""
+    root = dataset_root(dataset, data)
+    listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
+    images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
+    masks = [mask_path(root, image) for image in images]
+    classes = len(np.unique(labels))  # a user's folder is split 74 : 24 : 98, like Cars196
+    trained = training * max(2, round(classes * 74 / 196))
+    seen = trained + training * max(2, round(classes * 24 / 196))
+    ranges = {"train": range(trained), "val": range(trained, seen), "test": range(seen, classes)}
+    splits = {}
+    for name, chosen in SPLITS.get(dataset, ranges).items():
+        rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
+        splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
+    counts = len(images), len(splits["test"].images)
+    if counts != COUNTS.get(dataset, counts):
+        raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
+                        "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
+    for name in splits if training else ("test",):
+        photos = np.unique(splits[name].labels, return_counts=True)[1]  # photos per class
+        if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
+            raise UserError(f"{root}: too few classes or photos for {name}; put photos into at "
+                            f"least six folders {root}/images/<class>/ (two for --epochs 0)")
+    mask, photos = Counter(masks).most_common(1)[0]
+    if photos > 1:
+        raise UserError(f"{mask}: two photos share this mask; rename one of them")
+    missing = [path for path in images + masks * need_masks if not path.is_file()]
+    if missing:
+        where = f" --data {data}" if dataset in SPLITS else ""
+        remedy = (f"unpack {root} again" if missing[0] in images else
+                  f"run: python masks.py --dataset {dataset}{where}")
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
+    return splits
+
+
+# ---- 10. Photos ----------------------------------------------------------------------------------
+
+THRESHOLD = 128  # a pixel of a mask is foreground from this value on, as in the paper
+
+# A mask is suspicious if less than EMPTY or more than FULL is foreground, or more than FUZZY grey.
+EMPTY, FULL, FUZZY = 0.01, 0.99, 0.15  # grey: 10 to 90 %
+
+
+def open_image(path):
+    """The decoded PIL image of a file, upright. Raises UserError."""
+    # DIFF: images are turned upright as their EXIF tag says.
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises nearly anything
+        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
+                        "the same name, and the same command resumes") from error
+
+
+def open_rgb(path):
+    """The photo as an upright 8-bit RGB PIL image. Transparency becomes white. Raises UserError."""
+    image = open_image(path)
+    if image.mode[0] in "IF":  # more than 8 bits or floats, which Pillow would clip at 255
+        pixels = np.asarray(image, float)
+        white = next((white for white in (1, 255) if pixels.max() <= white), 65535)
+        image = Image.fromarray((pixels / (white / 255)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_mask(path):
+    """The mask as an upright 8-bit greyscale PIL image, 255 = foreground. Grey RGB and 1-bit files
+    are accepted too. Raises UserError for others, and for labels (a largest value of 1 to 127)."""
+    mask = open_image(path)
+    channels = mask.split()
+    if mask.mode == "RGB" and channels[0] == channels[1] == channels[2]:
+        mask = channels[0]
+    if mask.mode not in ("1", "L") or 0 < mask.convert("L").getextrema()[1] < THRESHOLD:
+        raise UserError(f"{path}: not a mask (mode {mask.mode}, largest value "
+                        f"{mask.getextrema()[-1]}); save it as 8-bit greyscale, 255 = foreground")
+    return mask.convert("L")
+
+
+def open_pair(image, mask):
+    """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
+    photo, opened = open_rgb(image), open_mask(mask)
+    if photo.size != opened.size:
+        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
+                        "the mask and run masks.py")
+    return photo, opened
+
+
+def mask_faults(mask):
+    """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
+    pixels = np.asarray(mask)
+    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
+    return share < EMPTY, share > FULL, grey > FUZZY, share
+
+
+def check_masks(splits):
+    """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
+    masks = [mask for split in splits.values() for mask in split.masks]
+    sample = np.random.default_rng(0).permutation(len(masks))[:200]
+    faults = np.array([mask_faults(open_mask(masks[i])) for i in sample])
+    empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
+    print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
+          f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
+    if 2 * (empty + full) > len(sample):
+        raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
+
+
+class Photos(torch.utils.data.Dataset):
+    """Item i: photo and mask in one (4, H, W) uint8 tensor, so that both get the same crops and
+    flips; without masks, (3, H, W). It is resized for crops of `size` px. With `keep`, as many
+    photos as fit in memory are decoded now. The rest are decoded on every access."""
+
+    def __init__(self, images, masks, size, *, keep=True):
+        self.images, self.masks = images, masks
+        self.short_side = round(RESIZE * size)
+        self.kept = []
+        if not keep:
+            return
+        # DIFF: photos are resized once per run, not on every access.
+        for photo in self.decode_all("decoding"):
+            if free_memory() < 0.1:
+                print(f"memory is short: {len(self.kept):,} of {len(self):,} photos are kept, the "
+                      "rest are decoded on every access (--workers helps)")
+                break
+            self.kept.append(photo)
+
+    def decode_all(self, title):
+        """Yields all items in order. Threads decode them ahead, until the caller stops."""
+        threads = ThreadPoolExecutor()
+        try:
+            decoded = threads.map(self.decode, range(len(self)))
+            yield from tqdm(decoded, title, len(self), leave=False, disable=None)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.kept[i] if i < len(self.kept) else self.decode(i)
+
+    def decode(self, i):
+        image = self.images[i]
+        planes = [open_rgb(image)] if self.masks is None else open_pair(image, self.masks[i])
+        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
+
+
+def free_memory():
+    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
+    if sys.platform != "linux":
+        return 1.0
+    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
+    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
+        group = Path("/sys/fs/cgroup", version1, path)
+        names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such limit, or it is "max"
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                stat = dict(re.findall(r"(\w+) (\d+)", (folder / "memory.stat").read_text()))
+                used -= int(stat.get("total_inactive_file", stat["inactive_file"]))  # file cache
+                free.append(1 - used / limit)
+    return min(free)
+
+
+# ---- 11. Batches ---------------------------------------------------------------------------------
+
+
+def seed_of(*numbers):
+    """One 64-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def random_view(photo, size):
+    """The training transform, RandomResizedCrop and flip: (., H, W) uint8 -> (., S, S) uint8."""
+    # DIFF: crops are resized as uint8 tensors, not as PIL images; pixels differ by at most 1.
+    box = torchvision.transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO)
+    view = TF.resized_crop(photo, *box, [size, size], antialias=True)
+    return TF.hflip(view) if torch.rand(()) < FLIP else view
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item n: photos (B, 4, S, S), {condition: backgrounds (draws, B, 3 or 4, S, S)}, both uint8,
+    and labels (B,). `draws` is {condition: backgrounds per photo}; see background(). With a
+    sampler, item n is the n-th batch of the training, and its photos are cropped at random. Without
+    one, items_per_pass items hold all photos in order, cropped at the centre, and the following
+    items hold the same photos with other backgrounds."""
+
+    def __init__(self, *, photos, labels, size, seed, pool=None, draws=None, sampler=None):
+        self.photos, self.labels = photos, torch.as_tensor(labels)
+        self.size, self.seed = size, seed
+        self.pool, self.draws, self.sampler = pool, draws or {}, sampler
+        self.items_per_pass = math.ceil(len(photos) / EVAL_BATCH)
+
+    def plan(self, n):
+        """[(index of a photo, seed of its random numbers)] of item n."""
+        # DIFF: a batch depends only on the seed and its number, so a resumed run repeats no batch.
+        if self.sampler:
+            indices = self.sampler.batch((*self.seed, n))
+            return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
+        epoch, item = divmod(n, self.items_per_pass)
+        indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
+        return [(index, (*self.seed, epoch, index)) for index in indices]
+
+    def view(self, index):
+        """Photo and mask, cropped: (4, S, S)."""
+        photo = self.photos[index]
+        return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
+
+    def background(self, index, condition, others):
+        """For `replaced`, a photo of the pool (3, S, S) with the training transform (Section 4).
+        Else, or without a pool, one of `others` and its mask (4, S, S): for `same_class` of the
+        same class, for all else of another one."""
+        if condition == "replaced" and self.pool is not None:
+            return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
+        of_class = self.labels[others] == self.labels[index]
+        if condition == "same_class":  # once each: photos that share one would find each other
+            seed = (*self.seed, int(self.labels[index]))
+            order = np.random.default_rng(seed).permutation(others[of_class].numpy())
+            return self.view(int(np.roll(order, 1)[order == index][0]))
+        rows = others[~of_class]
+        return self.view(int(rows[torch.randint(len(rows), ())]))
+
+    def __getitem__(self, n):
+        plan, photos, drawn = self.plan(n), [], defaultdict(list)
+        indices = [index for index, _ in plan]
+        others = torch.tensor(indices) if self.sampler else torch.arange(len(self.photos))
+        for index, seed in plan:
+            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
+            photo = self.view(index)
+            if self.sampler and self.draws and self.pool is None and torch.rand(()) < 0.5:
+                photo = photo.index_fill(0, torch.tensor(3), 255)  # half of the images stay clean
+            photos.append(photo)
+            for condition, draws in self.draws.items():
+                chosen = [self.background(index, condition, others) for _ in range(draws)]
+                drawn[condition].append(torch.stack(chosen))
+        backgrounds = {condition: torch.stack(some, dim=1) for condition, some in drawn.items()}
+        return torch.stack(photos), backgrounds, self.labels[indices]
+
+
+def make_batches(args, split, purpose, draws, sampler=None):
+    """The Batches of a Split. Photos that are needed only once are not kept in memory."""
+    keep = purpose != TEST or "other_class" in draws
+    photos = Photos(split.images, split.masks, args.image_size, keep=keep)
+    paths = list_backgrounds(args, "test" if purpose == TEST else "val") if draws else []
+    pool = Photos(paths, None, args.image_size) if paths else None
+    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=pool,
+                   seed=(args.seed, purpose), draws=draws, sampler=sampler)
+
+
+def loader(batches, args, items=None):
+    """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
+    fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
+    for photos, backgrounds, labels in torch.utils.data.DataLoader(
+            batches, batch_size=None, num_workers=args.workers,
+            sampler=range(batches.items_per_pass) if items is None else items,
+            timeout=120 if args.workers else 0,  # seconds; a full /dev/shm would block forever
+            multiprocessing_context="fork" if fork and args.workers else None,
+            pin_memory=args.device.startswith("cuda")):
+        photos, labels, *drawn = (tensor.to(args.device, non_blocking=True)
+                                  for tensor in (photos, labels, *backgrounds.values()))
+        yield photos, dict(zip(backgrounds, drawn)), labels
+
+
+# ---- 12. Other networks --------------------------------------------------------------------------
+
+BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
+
+
+def build_backbone(name, weights):
+    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
+    none (random) or a file with a state dict. Raises UserError for unknown names."""
+    if name == "bninception":
+        network = BNInception()
+    elif name == "smallconv" and weights != "imagenet":
+        network = smallconv()
+    elif ":" in name:  # FOLDER:NAME calls NAME() of the hubconf.py in FOLDER
+        folder, _, entry = name.rpartition(":")
+        network = torch.hub.load(folder, entry, source="local")
+        network = network if isinstance(network, nn.Module) else Function(network)
+        for module in network.modules():
+            if weights == "none" and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        pretrained = "DEFAULT" if weights == "imagenet" else None
+        network = torchvision.models.get_model(name, weights=pretrained)
+    else:
+        raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
+                        "give bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+    state = {}
+    if weights not in ("imagenet", "none"):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    elif (name, weights) == ("bninception", "imagenet"):
+        state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
+    if state:  # the public BN-Inception also has an ImageNet classifier, which we skip
+        skipped = ("last_linear.weight", "last_linear.bias") if name == "bninception" else ()
+        network.load_state_dict({k: v for k, v in state.items() if k not in skipped})
+    if name in torchvision.models.list_models(module=torchvision.models):
+        remove_classifier(network)
+    return network
+
+
+class Function(nn.Module):
+    """Wraps a function (B, 3, S, S) float32 on the CPU -> (B, features), a tensor or an array."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return torch.as_tensor(self.function(x.detach().cpu().contiguous()), device=x.device)
+
+
+def remove_classifier(network):
+    """Replaces the last layer with 1000 outputs by nn.Identity()."""
+    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
+    network.aux_logits, network.transform_input = False, True
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
+
+
+# ---- 13. Toy -------------------------------------------------------------------------------------
+
+
+def smallconv():
+    """Four 3x3 convolution blocks for the toy set: (B, 3, H, W) -> (B, 128)."""
+    layers = []
+    for width, out in itertools.pairwise((3, 16, 32, 64, 128)):
+        layers += [conv(width, out, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers[:-1], nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+# Toy is a user's folder. A class is the product of one seller, who has a favourite backdrop.
+
+
+def toy_texture(seed, size):
+    """A backdrop, (size, size) PIL image: distorted waves between two random colours."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / 64
+    waves = rng.uniform([-3, -3, 0, 0.3], [3, 3, 1, 1], (3, 4))
+    level = sum(a * np.sin(2 * np.pi * (fx * x + fy * y + p)) for fx, fy, p, a in waves)
+    dark, light = rng.uniform(0, 255, (2, 3))
+    image = dark + (light - dark) * (np.tanh(2 * level[..., None]) + 1) / 2
+    return Image.fromarray(image.astype(np.uint8))
+
+
+def toy_class(rng, photos=20, size=54, share=0.95):
+    """Yields (photo, mask) pairs of one class, as PIL images: a symmetric 5 x 5 grid of two colours
+    in random size, pose and light, on the seller's backdrop with probability `share`."""
+    half = rng.random((5, 3)) < 0.5
+    grid = np.concatenate([half, half[:, 1::-1]], axis=1)[..., None]
+    tile = np.where(grid, *rng.uniform(0, 255, (2, 3))).astype(np.uint8)
+    tile = Image.fromarray(tile).convert("RGBA")
+    seller = rng.integers(2**60)
+    for _ in range(photos):
+        seed = seller if rng.random() < share else rng.integers(2**60)
+        top, left = rng.integers(0, size, 2)
+        photo = toy_texture(seed, 2 * size).crop((left, top, left + size, top + size))
+        side = int(size * rng.uniform(0.5, 0.8))
+        product = tile.resize((side, side), Image.NEAREST)
+        product = product.rotate(rng.uniform(-30, 30), Image.BICUBIC, expand=True)
+        corner = tuple(int((size - n) * rng.random()) for n in product.size)
+        mask = Image.new("L", photo.size)
+        mask.paste(product.getchannel("A"), corner)
+        photo.paste(product, corner, product)
+        light = np.asarray(photo) * rng.uniform(0.75, 1.2) * rng.uniform(0.9, 1.1, 3)
+        yield Image.fromarray(light.clip(0, 255).astype(np.uint8)), mask
+
+
+def draw_toy(root, seed):
+    """Saves all pictures of the toy set in the folder `root`."""
+    pictures = {}
+    for label in range(SPLITS["toy"]["test"].stop):
+        for i, (photo, mask) in enumerate(toy_class(np.random.default_rng([seed, label]))):
+            pictures[f"images/{label:03d}/{i:02d}.png"] = photo
+            pictures[f"masks/{label:03d}/{i:02d}.png"] = mask
+    for number, name in enumerate(("val", "test")):
+        for i in range(POOL_SIZE):
+            pictures[f"backgrounds/{name}/{i:02d}.png"] = toy_texture([seed, number, i, 1], 80)
+    for path, picture in pictures.items():
+        Path(root, path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(Path(root, path))
+
+
+def make_toy(root, seed=2022):
+    """Draws the toy set in the folder `root`, unless it exists, and returns `root`. The set is the
+    same every time; drawing it takes 10 s. The folder is renamed into place when complete."""
+    if not root.exists():
+        try:
+            write(root, lambda draft: draw_toy(draft, seed))
+        except OSError:
+            if not root.exists():  # otherwise another process was faster
+                raise
+    return root
+
+
+# ---- 14. Tables ----------------------------------------------------------------------------------
+
+# The paper's results are five numbers for base, then five for BGAugment: test MAP@R in % on clean
+# photos; MAP@R with replaced backgrounds and its standard deviation over the draws; the attention
+# score and its standard deviation over the images.
+PAPER = {tuple(row[:2]): [*map(float, row[2:])] for row in map(str.split, """
+cars196  contrastive         15.22  13.31 0.15  0.50 0.09    16.43  16.31 0.03  0.53 0.10
+cars196  triplet             15.33  13.40 0.04  0.50 0.09    15.28  15.19 0.05  0.54 0.09
+cars196  multi_similarity    18.80  16.25 0.06  0.52 0.09    15.61  15.48 0.05  0.50 0.09
+cars196  arcface             16.25  13.63 0.08  0.49 0.10    16.19  16.23 0.04  0.56 0.10
+cars196  normalized_softmax  18.06  15.36 0.03  0.51 0.09    18.15  18.12 0.05  0.56 0.09
+cub200   contrastive         20.27  12.47 0.08  0.25 0.08    19.39  15.46 0.08  0.32 0.10
+cub200   triplet             18.29  10.94 0.05  0.24 0.08    18.56  15.33 0.16  0.33 0.09
+cub200   multi_similarity    19.19  12.21 0.16  0.26 0.08    18.93  15.65 0.16  0.30 0.09
+cub200   arcface             20.66  12.87 0.16  0.25 0.08    20.91  17.92 0.08  0.33 0.09
+cub200   normalized_softmax  20.18  12.41 0.10  0.24 0.08    20.60  17.39 0.10  0.30 0.08
+sop      contrastive         37.98   4.17 0.05  0.07 0.16    31.52  24.09 0.04  0.31 0.20
+sop      triplet             36.71   6.05 0.06  0.08 0.17    29.63  21.39 0.07  0.26 0.22
+sop      multi_similarity    39.65   6.51 0.06  0.11 0.17    32.67  24.00 0.07  0.28 0.19
+sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  0.26 0.17
+sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
+""".strip().splitlines())}
 
 COLUMNS = ("clean", "replaced", "query", "object only", "background only", "lost %", "R@1 clean",
            "R@1 replaced", "attention")
+
 # The conditions on the way from clean to replaced, and what the step to each of them costs.
 STEPS = {"pasted": "cutting and pasting costs", "same class": "another background",
          "other class": "losing what the background tells about the class",
@@ -1233,7 +1252,21 @@ def report(folder, of=None):
     return "\n\n".join(parts)
 
 
-# ---- 11. Command line ----------------------------------------------------------------------------
+# ---- 15. Command line ----------------------------------------------------------------------------
+
+
+def write(path, save):
+    """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        save(draft)
+        draft.replace(path)
+
+
+def write_text(path, text):
+    write(path, lambda draft: draft.write_text(text, "utf-8", "backslashreplace"))
+
 
 # These flags do not change what a run computes, or they have their own place in the run's name.
 NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers",
