@@ -18,6 +18,9 @@ Sections in parentheses are the paper's. DIFF marks a difference from the author
 
 import argparse
 import contextlib
+import csv
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -49,36 +52,53 @@ from tqdm import tqdm
 
 # ---- 1. Protocol ---------------------------------------------------------------------------------
 
-# No class is in two splits. Labels start at 0 (Section 4.1).
+# A class is in one split only, so the test asks for objects of classes that the network has never
+# seen (Section 4.1). Labels are the numbers of the classes, counted from 0.
 SPLITS = {
     "cars196": {"train": range(0, 74), "val": range(74, 98), "test": range(98, 196)},
     "cub200": {"train": range(0, 75), "val": range(75, 100), "test": range(100, 200)},
     "sop": {"train": range(0, 8489), "val": range(8489, 11318), "test": range(11318, 22634)},
     "toy": {"train": range(0, 100), "val": range(100, 120), "test": range(120, 170)},
 }
-COUNTS = {  # images, test images
-    "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
-POOL_SIZE = 100  # background photos in each of val/ and test/
+POOL_SIZE = 100  # background photos for training and validation, and as many others for the test
 
+# Settings of all runs of the paper (Section 4).
 DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
                 weights="imagenet")
+# The toy set is small, and its network starts from random weights.
 TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
                     weights="none")
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
-EMBEDDING = 128
-RESIZE = 256 / 227  # short side of a resized photo / side of the crop taken from it
-CROP_SCALE, CROP_RATIO, FLIP = (0.16, 1.0), (0.75, 1.33), 0.5  # training transform, Section 4
-DRAWS = 5  # random backgrounds of `replaced` per test photo; a validation photo gets one
-TEST_DRAWS = {"replaced": DRAWS, "same_class": 1, "other_class": 1}  # backgrounds per test photo
-RECALL_AT = {"sop": (1, 10, 100, 1000)}  # the K of Recall@K; other datasets use 1, 2, 4, 8
-EVAL_BATCH = 32  # photos per batch in evaluation; the size does not change the results
+EMBEDDING = 128  # dimensions of an embedding
 
-# Random numbers are seeded with the run's seed, their purpose and the number of the batch or photo.
-# So a resumed run needs no saved random state.
-INIT, TRAIN, VAL, TEST, STEP = range(5)
+# A photo is resized before it is cropped. BN-Inception's short side of 256 px and crop of 227 px
+# become this ratio, so that other crop sizes see the same part of a photo.
+RESIZE = 256 / 227
+# The training transform: a random crop of this share of the photo's area, of this aspect ratio,
+# mirrored with this probability. The test crops the centre.
+CROP_SCALE = (0.16, 1.0)
+CROP_RATIO = (0.75, 1.33)
+FLIP = 0.5
 
-# The paper uses the optima of "A Metric Learning Reality Check" (Musgrave et al. 2020). Arcface's
-# margin is in degrees. A user's own folder uses those of cars196.
+# Results on random backgrounds are means over this number of draws for each test photo.
+DRAWS = 5
+# The K of Recall@K. Classes of SOP have five photos on average, so larger K say more about them.
+RECALL_AT = {"sop": (1, 10, 100, 1000)}
+RECALL_AT_DEFAULT = (1, 2, 4, 8)
+EVAL_BATCH = 32  # photos per batch in validation and test; the size does not change the results
+
+# No random number depends on those drawn before it. Each use has a number, and its generator is
+# seeded with the run's seed, this number, and the number of the batch or photo. So a resumed run
+# needs no saved random state.
+INIT_SEED = 0  # the initial weights
+TRAIN_SEED = 1  # training batches
+VAL_SEED = 2  # backgrounds of the validation
+TEST_SEED = 3  # backgrounds of the test
+STEP_SEED = 4  # what a training step draws itself, such as dropout
+
+# Hyper-parameters of the losses: the optima of "A Metric Learning Reality Check" (Musgrave et al.
+# 2020), which the paper uses. Arcface's margin is in degrees. A user's own folder takes those of
+# cars196, and a loss without an entry takes the defaults of its function.
 HPARAMS = {
     "cars196": {
         "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
@@ -120,7 +140,23 @@ HPARAMS = {
 
 # ---- 2. Backgrounds ------------------------------------------------------------------------------
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB, which fills the hidden part of a photo
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
+
+# The object is removed by blurring the background into its place. The standard deviations of the
+# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
+# S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
+BLURS = (4, 10, 24, 64)
+# A blur counts fully where at least a tenth of what it sees is background. With less, its colour
+# would come from a few distant pixels, so the wider blurs keep their part.
+SEEN_ENOUGH = 0.1
+# A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
+# masks end in a faint margin, which still shows the object.
+FAINT = 0.1
+
+
+def unpack(photos):
+    """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
+    return photos[:, :3].float(), photos[:, 3:].float() / 255
 
 
 def replace_background(images, masks, backgrounds):
@@ -134,33 +170,65 @@ def remove_object(images, masks):
     [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
     where keep is 1 on the background."""
     margin = max(1, images.shape[-1] // 64)
-    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < 0.1).float()
+    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
     # The fill is smooth, so half of the resolution is enough.
-    known = F.interpolate(torch.cat([images * keep, keep], dim=1), scale_factor=0.5, mode="area")
+    known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
     place = torch.linspace(0, 1, known.shape[-1], device=images.device)
-    colour, share = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
-    fill = colour / share.clamp(min=1e-6)  # the mean of the background, or black if there is none
-    for divisor in (4, 10, 24, 64):  # Gaussians of standard deviation S / divisor
-        blur = (((place - place[:, None]) * divisor).square() / -2).exp()
-        blur = blur / blur.sum(dim=1, keepdim=True)
-        colour, share = (blur @ known @ blur.T).split((3, 1), dim=1)
-        # The narrowest blur that sees at least a tenth of background wins.
-        fill = fill + (10 * share).clamp(max=1) * (colour / share.clamp(min=1e-6) - fill)
+    colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
+    fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
+    for divisor in BLURS:
+        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
+        gauss = gauss / gauss.sum(dim=1, keepdim=True)
+        colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
+        trust = (seen / SEEN_ENOUGH).clamp(max=1)
+        fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
     return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
 
 
-def as_backgrounds(drawn):
-    """uint8 photos (B, 3, S, S), or (B, 4, S, S) with masks -> (B, 3, S, S) without objects"""
-    return remove_object(*unpack(drawn)) if drawn.shape[1] == 4 else drawn.float()
+# Which background does a photo get? The next three functions decide it. A photo that gives its
+# background to another one is its lender.
 
 
-def unpack(photos):
-    """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
-    return photos[:, :3].float(), photos[:, 3:].float() / 255
+def draw_background(pool):
+    """The paper's way, in training and test: a random photo of the pool, (3, H, W)."""
+    return pool[int(torch.randint(len(pool), ()))]
+
+
+def draw_lender(labels, k):
+    """BGAugment with own backgrounds: the lender of photo k of a training batch is a random photo
+    of another class. (B,) labels -> an index. A batch has at least two classes."""
+    candidates = (labels != labels[k]).nonzero()[:, 0]
+    return int(candidates[torch.randint(len(candidates), ())])
+
+
+def split_by_group(groups):
+    """(N,) groups -> a list with the indices of each group"""
+    order = np.argsort(groups, kind="stable")
+    _, starts = np.unique(np.asarray(groups)[order], return_index=True)
+    return np.split(order, starts[1:])
+
+
+def draw_lenders(groups, seed, draws=DRAWS):
+    """The test on backgrounds of other test photos: (N,) groups -> (draws, N) indices. In draw k,
+    photo i stands in front of the background of photo lenders[k, i] of its own group.
+
+    The photos of a group form a random cycle, and a draw goes along it in steps of 1, 2, 3, ...
+    So in each draw a photo lends its background exactly once, and never to itself: two photos with
+    the same background would find each other by it. A photo alone in its group keeps its own
+    background. There are fewer draws if the largest group has fewer other photos."""
+    rng = np.random.default_rng(seed)
+    cycles = [rng.permutation(members) for members in split_by_group(groups)]
+    largest = max(map(len, cycles))
+    draws = max(1, min(draws, largest - 1))
+    lenders = np.tile(np.arange(len(groups)), (draws, 1))
+    for cycle in cycles:
+        if len(cycle) > 1:
+            for k in range(draws):
+                lenders[k, cycle] = np.roll(cycle, 1 + k % (len(cycle) - 1))
+    return lenders
 
 
 # ---- 3. Sampler ----------------------------------------------------------------------------------
-
 
 class MPerClassSampler:
     """Batches of indices into `labels` (Section 4): batch_size // m distinct classes, m images of
@@ -179,6 +247,17 @@ class MPerClassSampler:
             images = self.classes[c]
             indices += rng.choice(images, self.m, replace=len(images) < self.m).tolist()
         return indices
+
+
+def make_sampler(labels, loss, batch_size):
+    """The MPerClassSampler of a loss: 4 images per class for pair losses, 1 for classification
+    losses (IMAGES_PER_CLASS). Raises UserError."""
+    # DIFF: if there are too few classes for a batch, it holds all, with as many images each as fit.
+    classes = min(batch_size // IMAGES_PER_CLASS[loss], len(np.unique(labels)))
+    if classes < 2:
+        raise UserError(f"--batch-size {batch_size}: too small for two classes; give more")
+    m = batch_size // classes
+    return MPerClassSampler(labels, m, m * classes)
 
 
 # ---- 4. Network ----------------------------------------------------------------------------------
@@ -313,10 +392,11 @@ class Embedder(nn.Module):
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
 
-
-# Every loss is called as LOSSES[loss](embeddings, labels, weight, **HPARAMS[dataset][loss]). Class
-# weights, also called proxies, are one vector per class. Pair losses ignore `weight`. All losses
-# ignore `lr_loss`, the class weights' learning rate, which the optimiser uses. [x]+ is max(x, 0).
+# Every loss is a function of embeddings (B, D) of unit length, labels (B,) and, if it has any,
+# class weights (C, D): one vector per training class, also called proxies. Pair losses ignore
+# `weight`. The keyword arguments are hyper-parameters; HPARAMS overrides their defaults. A loss
+# that takes `lr_loss` gets class weights: it is their learning rate, which only the optimiser uses.
+# [x]+ is max(x, 0), and mean+ is the mean over the terms above 0.
 
 
 def pairs(labels):
@@ -325,10 +405,9 @@ def pairs(labels):
     return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
 
-def nzmean(terms, chosen):
-    """Mean over the chosen terms that are above 0; 0, with a gradient path, if there are none.
-    Masking instead of indexing avoids a GPU sync."""
-    terms = F.relu(terms) * chosen
+def mean_above_zero(terms, chosen):
+    """mean+ over the chosen terms; 0, with a gradient path, if none is above 0."""
+    terms = F.relu(terms) * chosen  # masking instead of indexing avoids a GPU sync
     return terms.sum() / (terms > 0).sum().clamp(min=1)
 
 
@@ -337,22 +416,22 @@ def distances(embeddings):
     return torch.linalg.vector_norm(embeddings[:, None] - embeddings, dim=2)
 
 
-def contrastive(embeddings, labels, weight=None, *, pos_margin, neg_margin):
-    """nzmean_pos [d - pos_margin]+ + nzmean_neg [neg_margin - d]+  (Hadsell et al. 2006)"""
+def contrastive(embeddings, labels, weight=None, *, pos_margin=0.0, neg_margin=0.5):
+    """mean+_pos [d - pos_margin]+ + mean+_neg [neg_margin - d]+  (Hadsell et al. 2006)"""
     d = distances(embeddings)
     pos, neg = pairs(labels)
-    return nzmean(d - pos_margin, pos) + nzmean(neg_margin - d, neg)
+    return mean_above_zero(d - pos_margin, pos) + mean_above_zero(neg_margin - d, neg)
 
 
-def triplet(embeddings, labels, weight=None, *, margin):
-    """nzmean_(a,p,n) [d_ap - d_an + margin]+ over all triplets  (Weinberger & Saul 2009)"""
+def triplet(embeddings, labels, weight=None, *, margin=0.1):
+    """mean+_(a,p,n) [d_ap - d_an + margin]+ over all triplets  (Weinberger & Saul 2009)"""
     d = distances(embeddings)
     pos, neg = pairs(labels)
     triplets = pos[:, :, None] & neg[:, None, :]  # (B, B, B): anchor, positive, negative
-    return nzmean(d[:, :, None] - d[:, None, :] + margin, triplets)
+    return mean_above_zero(d[:, :, None] - d[:, None, :] + margin, triplets)
 
 
-def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
+def multi_similarity(embeddings, labels, weight=None, *, alpha=2.0, beta=50.0, base=0.5):
     """mean_a [log(1 + sum_p exp(alpha (base - s_ap))) / alpha
              + log(1 + sum_n exp(beta (s_an - base))) / beta]  (Wang et al. 2019, without miner)"""
     s = embeddings @ embeddings.T
@@ -366,17 +445,17 @@ def multi_similarity(embeddings, labels, weight=None, *, alpha, beta, base):
     return (attract + repel).mean()
 
 
-def arcface(embeddings, labels, weight, *, margin, scale, lr_loss=None):
+def arcface(embeddings, labels, weight, *, margin=20.0, scale=50.0, lr_loss=0.01):
     """cross-entropy of scale cos(theta_c); for the image's own class, scale cos(theta_c + margin)
     (Deng et al. 2019; unlike later versions, also where theta + margin exceeds 180 degrees)"""
     cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
     theta = cosines.clamp(-1 + 1e-7, 1 - 1e-7).acos()
-    own = F.one_hot(labels, len(weight)).bool()
-    logits = torch.where(own, (theta + math.radians(margin)).cos(), cosines)
+    own_class = F.one_hot(labels, len(weight)).bool()
+    logits = torch.where(own_class, (theta + math.radians(margin)).cos(), cosines)
     return F.cross_entropy(scale * logits, labels)
 
 
-def normalized_softmax(embeddings, labels, weight, *, temperature, lr_loss=None):
+def normalized_softmax(embeddings, labels, weight, *, temperature=0.1, lr_loss=0.01):
     """cross-entropy of cos(e, W_c) / temperature  (Zhai & Wu 2019)"""
     cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
     return F.cross_entropy(cosines / temperature, labels)
@@ -392,102 +471,199 @@ def cosine(embeddings, others):
     return 1 - F.cosine_similarity(embeddings, others, dim=1)
 
 
-# A new loss needs an entry in the next three tables, in CLASS_WEIGHTS if it has class weights, and
-# in HPARAMS for the dataset that you train on.
-LOSSES = {"contrastive": contrastive, "triplet": triplet, "multi_similarity": multi_similarity,
-          "arcface": arcface, "normalized_softmax": normalized_softmax}
-DISTANCES = {"contrastive": euclidean, "triplet": euclidean, "multi_similarity": cosine,
-             "arcface": cosine, "normalized_softmax": cosine}  # of the attention score, Section 5
-IMAGES_PER_CLASS = {"contrastive": 4, "triplet": 4, "multi_similarity": 4,
-                    "arcface": 1, "normalized_softmax": 1}  # in a batch
-CLASS_WEIGHTS = {"arcface", "normalized_softmax"}
+# A new loss needs its function and a row here: the function, the distance that the attention score
+# uses (Section 5), and the number of images per class in a batch.
+LOSS_TABLE = [
+    (contrastive, euclidean, 4),
+    (triplet, euclidean, 4),
+    (multi_similarity, cosine, 4),
+    (arcface, cosine, 1),
+    (normalized_softmax, cosine, 1),
+]
+LOSSES = {function.__name__: function for function, _, _ in LOSS_TABLE}
+DISTANCES = {function.__name__: distance for function, distance, _ in LOSS_TABLE}
+IMAGES_PER_CLASS = {function.__name__: images for function, _, images in LOSS_TABLE}
+
+
+def hyper_parameters(loss, dataset):
+    """{name: value}: the defaults of the loss's function, overridden by HPARAMS."""
+    defaults = inspect.signature(LOSSES[loss]).parameters.values()
+    values = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY}
+    return values | HPARAMS.get(dataset, HPARAMS["cars196"]).get(loss, {})
 
 
 # ---- 6. Metrics ----------------------------------------------------------------------------------
 
-
 @torch.no_grad()
-def retrieval_metrics(embeddings, labels, ks, gallery=None):
-    """MAP@R, R-precision, Recall@K, K in `ks`: {"map@r", "r_precision", "recall@1", ...}, 0 to 1.
+def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
+    """The metrics of each query: {"map@r", "r_precision", "recall@K" for K in `ks`: (N,) from 0 to
+    1}; nan where a query has no right item.
 
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. `gallery`
     (N, D) holds other embeddings of the same items; with it, every item queries the gallery without
-    itself. R is the number of other items with the query's label. Queries with R = 0 are left out.
-    Raises ValueError if no query remains, FloatingPointError on nan or inf. Memory is linear in N.
+    itself. `ignored` (N,) is the index of one more item that each query leaves out. Raises
+    ValueError if lengths differ, FloatingPointError on nan or inf. Memory is linear in N.
 
-    All metrics (Section 4.3) follow from the rank of the i-th nearest right item. That rank is i
-    plus the number of wrong items at the same distance or nearer. MAP@R = sum_i [rank_i <= R] i /
-    rank_i / R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K]."""
+    An item of the query's label is right, any other one is wrong. R is the number of right items.
+    (A) The i-th nearest right item has rank_i = i + the number of wrong items that are nearer or at
+        the same distance.
+    (B) All metrics follow from these ranks (Section 4.3): MAP@R = sum_i [rank_i <= R] i / rank_i /
+        R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
+    (C) A right item with R or more wrong items before it has a rank above R and counts nothing. So
+        the R nearest wrong items are enough, except for Recall@K, whose K may exceed R."""
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
     # Equal embeddings therefore score (nearly) 0 in MAP@R, whatever the order of the files.
     embeddings = torch.as_tensor(embeddings)
+    device, count = embeddings.device, len(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
-    labels = torch.as_tensor(labels, device=gallery.device)
+    labels = torch.as_tensor(labels, device=device)
+    if not count == len(labels) == len(gallery):
+        raise ValueError(f"{count} embeddings, {len(labels)} labels, {len(gallery)} in the gallery")
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings contain nan or inf")
-    order = labels.argsort(stable=True)  # makes the items of a class consecutive
+
+    # Sort by label: then the items of a class are consecutive.
+    order = labels.argsort(stable=True)
     _, sizes = labels[order].unique_consecutive(return_counts=True)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # (N,) first item of the class
-    others = sizes.repeat_interleave(sizes) - 1  # (N,) R
+    size = sizes.repeat_interleave(sizes)  # (N,) items of the class
+    R = size - 1
+    left_out = torch.arange(count, device=device)[:, None]  # (N, 1): an item is no result of itself
+    if ignored is not None:
+        place = order.argsort()  # of each item in the sorted order
+        ignored = place[torch.as_tensor(ignored, device=device)[order]]
+        of_class = (ignored >= first) & (ignored < first + size) & (ignored != left_out[:, 0])
+        R = R - of_class.long()
+        left_out = torch.cat([left_out, ignored[:, None]], dim=1)
+
+    # q . g - |g|^2 / 2 is larger for nearer items g. An extra dimension adds the second term.
     center = gallery.mean(dim=0)  # subtracting it preserves distances and saves float32 precision
-    # q . g - |g|^2 / 2 is larger for nearer items g. The extra dimension adds the second term.
     queries = F.pad(embeddings[order] - center, (0, 1), value=1)
     columns = F.pad(gallery[order] - center, (0, 1))
     columns[:, -1] = columns.square().sum(dim=1) / -2
-    sums = Counter()
-    for R in others[others > 0].unique().tolist():
-        for q in (others == R).nonzero()[:, 0].split(max(1, 2**24 // len(columns))):  # (Q,)
-            near = queries[q] @ columns.T  # (Q, N)
-            near.scatter_(1, q[:, None], -math.inf)  # an item is not its own neighbour
-            right = near.gather(1, first[q, None] + torch.arange(R + 1, device=q.device))
-            right = right.sort(descending=True).values[:, :R].contiguous()  # (Q, R)
-            # At most R right and R - 1 wrong items are as near as a right item of rank <= R. So the
-            # 2 R nearest items are enough to compute all ranks up to R.
-            best = near.topk(min(2 * R, len(columns))).values
-            hits = torch.arange(1, R + 1, device=q.device)
-            nearer, right_nearer = (torch.searchsorted(-items, -right, right=True)
-                                    for items in (best, right))  # or at the same distance
-            ranks = hits + nearer - right_nearer  # (Q, R)
-            found = ranks <= R
-            sums["map@r"] += (found * hits / ranks).sum() / R
-            sums["r_precision"] += found.sum() / R
-            ties = (right == right[:, :1]).sum(dim=1)
-            first_rank = 1 + near.ge_(right[:, :1]).sum(dim=1) - ties  # K may be larger than R
+
+    names = ["map@r", "r_precision", *(f"recall@{k}" for k in ks)]
+    values = {name: torch.full((count,), torch.nan, device=device) for name in names}
+    for n in sizes[sizes > 1].unique().tolist():
+        i = torch.arange(1, n, device=device)  # numbers the right items
+        for q in (size == n).nonzero()[:, 0].split(max(1, 2**24 // count)):  # (Q,) queries
+            near = (queries[q] @ columns.T).scatter_(1, left_out[q], -math.inf)  # (Q, N)
+            of_class = first[q, None] + torch.arange(n, device=device)  # (Q, n)
+            right = near.gather(1, of_class).sort(descending=True).values[:, :n - 1].contiguous()
+            wrong = near.scatter_(1, of_class, -math.inf)
+            nearest_wrong = wrong.topk(n - 1).values
+            # A right item that is left out is at -inf, behind all wrong items: its rank exceeds R.
+            ranks = i + torch.searchsorted(-nearest_wrong, -right, right=True)  # (Q, n - 1)
+            found = ranks <= R[q, None]
+            first_rank = 1 + (wrong >= right[:, :1]).sum(dim=1)
+            values["map@r"][order[q]] = (found * i / ranks).sum(dim=1) / R[q]  # 0 / 0 is nan
+            values["r_precision"][order[q]] = found.sum(dim=1) / R[q]
             for k in ks:
-                sums[f"recall@{k}"] += (first_rank <= k).sum()
-    if not sums:
+                hit = (first_rank <= k).float()
+                values[f"recall@{k}"][order[q]] = hit.masked_fill(R[q] == 0, torch.nan)
+    return {name: column.cpu().double() for name, column in values.items()}
+
+
+def retrieval_metrics(embeddings, labels, ks, gallery=None, ignored=None):
+    """The means of query_metrics() over the queries that have a right item: {"map@r":, ...}.
+    Raises ValueError if there is no such query.
+
+    By hand: items 0, 2, 7 of class a and 3, 9 of class b, on a line. R is 2 for a and 1 for b.
+        query 0 finds 2 a, 3 b, 7 a, 9 b: MAP@R (1/1 + 0) / 2, R-precision 1/2, Recall@1 1
+        query 2 finds 3 b, 0 a, 7 a, 9 b: MAP@R (0 + 1/2) / 2, R-precision 1/2, Recall@1 0
+        query 7 finds 9 b, 3 b, 2 a, 0 a: all 0, and so are queries 3 (2 a) and 9 (7 a)
+    >>> places = torch.tensor([[0.0], [2.0], [7.0], [3.0], [9.0]])
+    >>> means = retrieval_metrics(places, labels=[0, 0, 0, 1, 1], ks=[1])
+    >>> {name: round(mean, 4) for name, mean in means.items()}
+    {'map@r': 0.15, 'r_precision': 0.2, 'recall@1': 0.2}
+    """
+    return mean_metrics(query_metrics(embeddings, labels, ks, gallery, ignored))
+
+
+def mean_metrics(values):
+    """The means of query_metrics(). Raises ValueError if no query has a right item."""
+    if values["map@r"].isnan().all():
         raise ValueError("no label occurs twice, so there is nothing to retrieve")
-    return {name: float(total) / int((others > 0).sum()) for name, total in sums.items()}
+    return {name: float(column.nanmean()) for name, column in values.items()}
+
+
+@torch.no_grad()
+def fooled_and_confused(clean, any_class, labels, lenders):
+    """How often is another object, in front of the query's own background, nearer to the query than
+    the right object elsewhere? clean (N, D): the photos. any_class (draws, N, D): the same objects
+    in front of the backgrounds of the photos lenders (draws, N). -> two tensors (draws, N), from 0
+    to 1; nan where a query is left out.
+
+    In each draw, one photo r stands in front of the query's background. It is an impostor if its
+    class is another one; if not, the query is left out of this draw.
+    fooled:   the share of the query's right photos, as they stand in this draw, that are farther
+              from the query than r. Ties count half. 0.5: a constant network; 1: only the
+              background counts.
+    confused: the same with r as it stands in the next draw, in front of a background that is not
+              the query's. A network that sees only objects, badly, is fooled and confused alike.
+    The question is that of Geirhos et al. (2019), who set shape against texture."""
+    labels = np.asarray(labels)
+    fooled, confused = torch.full((2, *lenders.shape), torch.nan, dtype=torch.float64)
+    for k, lender in enumerate(lenders):
+        here, elsewhere = any_class[k], any_class[(k + 1) % len(lenders)]
+        in_front = lender.argsort()  # photo in_front[q] stands in front of q's background
+        for members in split_by_group(labels):
+            queries = members[labels[in_front[members]] != labels[members]]
+            if len(members) < 2 or len(queries) == 0:
+                continue
+            others = in_front[queries]
+            candidates = torch.cat([here[members], here[others], elsewhere[others]])
+            # Computed without a matrix product, equal embeddings are exactly equally far.
+            far = torch.cdist(clean[queries], candidates,
+                              compute_mode="donot_use_mm_for_euclid_dist").cpu()
+            right, impostor, moved = far.split([len(members), len(queries), len(queries)], dim=1)
+            # A query is no right photo of itself: nan is neither farther nor as far.
+            right = right.masked_fill(torch.as_tensor(queries[:, None] == members), torch.nan)
+            for shares, distance in ((fooled, impostor), (confused, moved)):
+                distance = distance.diagonal()[:, None]  # each query has its own impostor
+                farther = (right > distance) + 0.5 * (right == distance)
+                shares[k, queries] = farther.sum(dim=1).double() / (len(members) - 1)
+    return fooled, confused
 
 
 # ---- 7. Training ---------------------------------------------------------------------------------
 
-
 class State:
-    """A run's network, class weights (C, D) or None, optimiser, and results of each epoch."""
+    """A run's network, class weights (C, D) or None, optimiser, and the results of each epoch. The
+    first of them, epoch 0, is the network before the training."""
 
     def __init__(self, args, classes, weights):
-        torch.manual_seed(seed_of(args.seed, INIT))
+        torch.manual_seed(seed_of(args.seed, INIT_SEED))
         network = Embedder(args.backbone, weights, args.image_size, args.embedding)
         self.network = network.to(args.device)
         groups = [{"params": self.network.parameters(), "lr": args.lr}]
         self.class_weights = None
-        if args.loss in CLASS_WEIGHTS:
+        if "lr_loss" in args.hparams:
             self.class_weights = nn.Parameter(torch.randn(classes, network.width).to(args.device))
             groups.append({"params": [self.class_weights], "lr": args.hparams["lr_loss"]})
         self.optimiser = torch.optim.RMSprop(groups, **RMSPROP)
         self.history, self.args = [], args
 
     @property
+    def epochs(self):
+        """The number of finished epochs."""
+        return max(0, len(self.history) - 1)
+
+    @property
+    def scores(self):
+        """The validation MAP@R that selects the best epoch, of epoch 0, 1, 2, ..."""
+        return [row[self.args.select]["map@r"] for row in self.history]
+
+    @property
     def best_epoch(self):
-        """The first epoch with the best validation MAP@R, counted from 1; 0 if there is none."""
-        scores = [row[self.args.select]["map@r"] for row in self.history]
-        return scores.index(max(scores)) + 1 if scores else 0
+        """The first epoch with the best score. Epoch 0 is never chosen; it stands for "none"."""
+        trained = self.scores[1:]
+        return trained.index(max(trained)) + 1 if trained else 0
 
     @property
     def is_finished(self):
-        return len(self.history) >= min(self.args.epochs, self.best_epoch + self.args.patience)
+        return self.epochs >= min(self.args.epochs, self.best_epoch + self.args.patience)
 
     def save(self, path, *, optimiser):
         content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
@@ -511,97 +687,147 @@ def train(args, splits, state, run):
     from `state`. Stops after `patience` epochs without improvement, or after `epochs`. Writes
     log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
     network = state.network
-    train_labels = splits["train"].labels
-    # DIFF: if there are too few classes for a batch, it holds all, with as many images each as fit.
-    classes = min(args.batch_size // IMAGES_PER_CLASS[args.loss], len(np.unique(train_labels)))
-    if classes < 2:
-        raise UserError(f"--batch-size {args.batch_size}: too small for two classes; give more")
-    m = args.batch_size // classes
-    sampler = MPerClassSampler(train_labels, m, m * classes)
-    draws = {"replaced": 1} if args.bgaugment else {}
-    train_batches = make_batches(args, splits["train"], TRAIN, draws, sampler)
-    val_batches = make_batches(args, splits["val"], VAL, {"replaced": 1})
-    # Both loaders last until the end, so that workers start once and prefetch during validations.
-    done, steps, items = len(state.history), args.iterations, val_batches.items_per_pass
-    train_loader = loader(train_batches, args, range(done * steps, args.epochs * steps))
-    val_loader = loader(val_batches, args, range(done * items, args.epochs * items))
+    sampler = make_sampler(splits["train"].labels, args.loss, args.batch_size)
+    training_batches = make_training_batches(args, splits["train"], sampler)
+    # Validate on the reference condition, and on the one that selects the best epoch.
+    lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
+    validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
+    if not state.history:  # before the first epoch
+        scores = validate(network, validation_batches, load(validation_batches, args))
+        state.history.append({"epoch": 0, "loss": None, **scores})
+        print_epoch(args, state, splits)
+    # Loaders last until the end, so that workers start once and prefetch during validations.
+    first, last = state.epochs * args.iterations, args.epochs * args.iterations
+    training_loader = load(training_batches, args, range(first, last))
+    per_epoch = validation_batches.per_epoch
+    validation_loader = load(validation_batches, args,
+                             range(state.epochs * per_epoch, args.epochs * per_epoch))
     while not state.is_finished:
         start = time.monotonic()
-        epoch = len(state.history) + 1
+        epoch = state.epochs + 1
         network.train()
         losses = []
-        for step in tqdm(range(steps), f"epoch {epoch}", leave=False, disable=None):
-            photos, backgrounds, labels = next(train_loader)
-            # Seeds dropout, so that a resumed run is identical. Without workers, next() seeds too.
-            torch.manual_seed(seed_of(args.seed, STEP, epoch, step))
+        for step in progress(range(args.iterations), f"epoch {epoch}"):
+            photos, labels, backgrounds = next(training_loader)
             images, masks = unpack(photos)
-            if args.bgaugment:  # the paper's method
-                drawn = as_backgrounds(backgrounds["replaced"][0])
-                images = replace_background(images, masks, drawn)
+            # Seeds all random numbers of this step. Without workers, next() has seeded its own.
+            torch.manual_seed(seed_of(args.seed, STEP_SEED, epoch, step))
+            if args.bgaugment == "pool":  # BGAugment, the paper's method
+                images = replace_background(images, masks, backgrounds)
+            elif args.bgaugment == "own":  # with other photos of the batch instead of a pool
+                emptied = remove_object(*unpack(backgrounds))
+                pasted = replace_background(images, masks, emptied)
+                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+                images = torch.where(chosen, pasted, images)  # the other half stays as it is
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
             loss.backward()
             state.optimiser.step()
             losses.append(loss.detach())
-        loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
-        if not math.isfinite(loss):
-            raise UserError(f"--lr {args.lr}: the loss is {loss} in epoch {epoch}; give a lower lr")
-        embedded = embed(network, itertools.islice(val_loader, items))
-        scores = {condition: retrieval_metrics(draws[0], val_batches.labels, (1,))
-                  for condition, draws in embedded.items()}  # clean and replaced
-        seconds = time.monotonic() - start
-        state.history.append({"epoch": epoch, "loss": loss, **scores, "seconds": seconds})
+        mean_loss = float(torch.stack(losses).mean())  # read once per epoch, to avoid GPU syncs
+        if not math.isfinite(mean_loss):
+            raise UserError(f"--lr {args.lr}: the loss is {mean_loss} in epoch {epoch}; give a "
+                            "lower lr")
+        trained = time.monotonic()
+        scores = validate(network, validation_batches,
+                          itertools.islice(validation_loader, per_epoch))
+        now = time.monotonic()
+        state.history.append({"epoch": epoch, "loss": mean_loss, **scores, "seconds": now - start,
+                              "seconds_validation": now - trained})
         if state.best_epoch == epoch:
             state.save(run / "best.pt", optimiser=False)
         write_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.history))
         state.save(run / "last.pt", optimiser=True)
-        clean, replaced = (100 * scores[name]["map@r"] for name in ("clean", "replaced"))
-        print(f"epoch {epoch:3d}  loss {loss:.4f}  val MAP@R clean {clean:5.2f}  replaced "
-              f"{replaced:5.2f}  (best {args.select}: epoch {state.best_epoch})  {seconds:.1f} s, "
-              f"up to {seconds * (args.epochs - epoch) / 60:.1f} min left", flush=True)
+        print_epoch(args, state, splits)
+
+
+def validate(network, validation_batches, items):
+    """{condition: metrics} of clean photos and of one draw of other backgrounds."""
+    embedded = embed(network, items, replaced_views)
+    return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
+            for condition, draws in embedded.items()}
 
 
 # ---- 8. Test -------------------------------------------------------------------------------------
 
+def replaced_views(images, masks, batch):
+    """Yields (condition, images (B, 3, S, S)) of an EvaluationBatch, whose photos are `images` and
+    `masks`: the photos as they are, and on other backgrounds, once for each draw."""
+    yield "clean", images
+    for background in batch.backgrounds:  # the paper's test
+        yield "replaced", replace_background(images, masks, background)
+    for condition, draws in batch.lenders.items():
+        for lenders in draws:
+            yield condition, replace_background(images, masks, remove_object(*unpack(lenders)))
+
+
+def all_views(images, masks, batch):
+    """Yields (condition, images (B, 3, S, S)): all conditions of the test."""
+    yield from replaced_views(images, masks, batch)
+    emptied = remove_object(images, masks)
+    yield "pasted", replace_background(images, masks, emptied)
+    paint = images.new_tensor(MEAN_COLOUR).view(3, 1, 1)
+    yield "object_only", replace_background(images, masks, paint)
+    yield "background_only", emptied
+
 
 @torch.no_grad()
-def embed(network, batches, *, extra=False):
-    """{condition: (draws, N, D)} of evaluation batches: clean, the conditions of their backgrounds
-    and, with `extra`, pasted (cut out and put back), object_only and background_only."""
+def embed(network, items, views):
+    """{condition: embeddings (draws, N, D)} of EvaluationBatches; `views` is one of the above."""
     network.eval()
-    embeddings = defaultdict(list)
-    for photos, backgrounds, _ in tqdm(batches, "embedding", leave=False, disable=None):
-        images, masks = unpack(photos)
-        views = {"clean": [images]}
-        for condition, draws in backgrounds.items():
-            views[condition] = [replace_background(images, masks, as_backgrounds(drawn))
-                                for drawn in draws]
-        if extra:
-            removed, paint = remove_object(images, masks), images.new_tensor(MEAN_COLOUR)
-            views["pasted"] = [replace_background(images, masks, removed)]
-            views["object_only"] = [replace_background(images, masks, paint.view(3, 1, 1))]
-            views["background_only"] = [removed]
-        for condition, versions in views.items():
-            embedded = [network(network.normalise(version)) for version in versions]
-            embeddings[condition].append(torch.stack(embedded))
-    return {condition: torch.cat(parts, dim=1) for condition, parts in embeddings.items()}
+    parts = defaultdict(list)  # {condition: [(draws, B, D) of each batch]}
+    for batch in items:
+        images, masks = unpack(batch.photos)
+        embedded = defaultdict(list)
+        for condition, view in views(images, masks, batch):
+            embedded[condition].append(network(network.normalise(view)))
+        for condition, draws in embedded.items():
+            parts[condition].append(torch.stack(draws))
+    return {condition: torch.cat(some, dim=1) for condition, some in parts.items()}
 
 
-def run_test(network, batches, args):
-    """{condition: [metrics of each draw]}, the paper's clean and replaced (Section 4.3) among them.
-    In `query`, only the query's background is replaced. `chance` uses random embeddings."""
-    embeddings, labels = embed(network, loader(batches, args), extra=True), batches.labels.numpy()
-    ks = RECALL_AT.get(args.dataset, (1, 2, 4, 8))
+def run_test(network, test_batches, args):
+    """Tests a network. Returns the result, {"test": {condition: [metrics of each draw]}, "fooled":
+    [share in each draw], "confused": [...]}, and {column: (N,) values of each photo in %}."""
+    items = progress(load(test_batches, args), "test", test_batches.per_epoch)
+    embeddings = embed(network, items, all_views)
+    check_finite(embeddings, test_batches.photos)
+    labels, clean = test_batches.labels, embeddings["clean"][0]
+    lenders = test_batches.lenders(epoch=0)["any_class"]
+
+    # Two more conditions need no forward pass.
+    both = embeddings["clean"] + embeddings["object_only"]
+    embeddings["photo_and_object"] = F.normalize(both, dim=2)
     rng = torch.Generator().manual_seed(0)
     embeddings["chance"] = torch.randn(DRAWS, len(labels), EMBEDDING, generator=rng)
-    scores, clean = defaultdict(list), embeddings["clean"][0]
+
+    ks = RECALL_AT.get(args.dataset, RECALL_AT_DEFAULT)
+    values = defaultdict(list)  # {condition: [query_metrics() of each draw]}
     for condition, draws in embeddings.items():
         for draw in draws:
-            scores[condition].append(retrieval_metrics(draw, labels, ks))
-    scores["query"] = [retrieval_metrics(draw, labels, ks, gallery=clean)
-                       for draw in embeddings["replaced"]]
-    return dict(scores)
+            values[condition].append(query_metrics(draw, labels, ks))
+    # In `query`, only the query has another background. A lender would find its own background in
+    # the query, so it leaves the gallery.
+    for k, draw in enumerate(embeddings[args.reference]):
+        lender = lenders[k] if args.reference == "any_class" else None
+        values["query"].append(query_metrics(draw, labels, ks, gallery=clean, ignored=lender))
+    fooled, confused = fooled_and_confused(clean, embeddings["any_class"], labels, lenders)
+
+    # A draw in which every query is left out has no mean.
+    result = {"test": {}}
+    for condition, draws in values.items():
+        asked = [draw for draw in draws if not draw["map@r"].isnan().all()]
+        result["test"][condition] = [mean_metrics(draw) for draw in asked]
+    for name, shares in (("fooled", fooled), ("confused", confused)):
+        means = shares.nanmean(dim=1)
+        result[name] = means[~means.isnan()].tolist()
+
+    photos = {condition: torch.stack([draw["map@r"] for draw in values[condition]]).nanmean(dim=0)
+              for condition in ("clean", "any_class", "replaced") if condition in values}
+    photos["drop"] = photos["clean"] - photos[args.reference]
+    photos["fooled"], photos["confused"] = fooled.nanmean(dim=0), confused.nanmean(dim=0)
+    return result, {column: 100 * shares for column, shares in photos.items()}
 
 
 # ==================================================================================================
@@ -617,6 +843,8 @@ class UserError(Exception):
 
 
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
+COUNTS = {  # images, test images
+    "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
@@ -712,40 +940,103 @@ def mask_path(root, image):
     return Path(root, "masks", image.relative_to(folder)).with_suffix(".png")
 
 
-def load_splits(dataset, data="data", *, need_masks=True, training=True):
-    """{"train", "val", "test": Split} (Section 4.1). Without `training`, all classes of a folder
-    are test classes. Without `need_masks`, masks may be missing, classes few. Raises UserError."""
+def load_splits(dataset, data="data", *, measure=None, need_masks=True):
+    """{"train", "val", "test", "left_out": Split} of a dataset (Section 4.1). `measure` is None for
+    a run with training, "test" for the classes that such a run tests, "all" for all classes as test
+    classes. Without `need_masks`, masks may be missing and classes few. Raises UserError."""
     root = dataset_root(dataset, data)
     listed = {"cars196": list_cars196, "sop": list_sop}.get(dataset, list_folder)(root)
     images, labels = [path for path, _ in listed], np.array([label for _, label in listed], int)
     masks = [mask_path(root, image) for image in images]
-    classes = len(np.unique(labels))  # a user's folder is split 74 : 24 : 98, like Cars196
-    trained = training * max(2, round(classes * 74 / 196))
-    seen = trained + training * max(2, round(classes * 24 / 196))
-    ranges = {"train": range(trained), "val": range(trained, seen), "test": range(seen, classes)}
-    splits = {}
-    for name, chosen in SPLITS.get(dataset, ranges).items():
-        rows = np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop))
-        splits[name] = Split([images[i] for i in rows], [masks[i] for i in rows], labels[rows])
-    counts = len(images), len(splits["test"].images)
-    if counts != COUNTS.get(dataset, counts):
-        raise UserError(f"{root}: {counts[0]:,} images, {counts[1]:,} of them for testing, instead "
-                        "of {:,} and {:,}; delete it and unpack it again".format(*COUNTS[dataset]))
-    for name in splits if training else ("test",):
-        photos = np.unique(splits[name].labels, return_counts=True)[1]  # photos per class
-        if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
+    if dataset in SPLITS:
+        check_counts(dataset, root, labels)
+    check_files(dataset, data, root, images, masks, need_masks)
+
+    photos = Split(images, masks, labels)
+    left_out = choose(photos, labels < 0)  # none
+    if need_masks and dataset not in SPLITS:  # the paper's data sets stay as they are
+        unusable = find_unusable(masks)
+        left_out, photos = choose(photos, unusable), choose(photos, ~unusable)
+        # A class may have lost all of its photos, so classes are numbered anew.
+        photos = photos._replace(labels=np.unique(photos.labels, return_inverse=True)[1])
+
+    splits = split_classes(dataset, photos, measure)
+    if measure == "test" and dataset not in SPLITS and any(map(is_too_small, splits.values())):
+        print(f"{root}: too few classes to be split for a training, so all of them are measured")
+        splits = split_classes(dataset, photos, "all")
+    for name, split in splits.items():
+        needed = name == "test" or measure is None
+        if is_too_small(split) and needed and (need_masks or not images):
             raise UserError(f"{root}: too few classes or photos for {name}; put photos into at "
-                            f"least six folders {root}/images/<class>/ (two for --epochs 0)")
-    mask, photos = Counter(masks).most_common(1)[0]
-    if photos > 1:
-        raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images + masks * need_masks if not path.is_file()]
+                            f"least six folders {root}/images/<class>/ (two for --measure)")
+    return {**splits, "left_out": left_out}
+
+
+def choose(split, chosen):
+    """The photos of a Split where the booleans `chosen` (N,) are true."""
+    rows = np.flatnonzero(chosen)
+    return Split([split.images[i] for i in rows], [split.masks[i] for i in rows],
+                 split.labels[rows])
+
+
+def split_classes(dataset, photos, measure):
+    """{"train", "val", "test": Split} of all photos of a dataset."""
+    classes = int(photos.labels.max(initial=-1)) + 1
+    if measure == "all":
+        ranges = {"train": range(0), "val": range(0), "test": range(classes)}
+    elif dataset in SPLITS:
+        ranges = SPLITS[dataset]
+    else:  # a user's folder is split 74 : 24 : 98, like Cars196
+        train = max(2, round(classes * 74 / 196))
+        val = max(2, round(classes * 24 / 196))
+        ranges = {"train": range(train), "val": range(train, train + val),
+                  "test": range(train + val, classes)}
+    return {name: choose(photos, np.isin(photos.labels, labels)) for name, labels in ranges.items()}
+
+
+def is_too_small(split):
+    """Whether a split has no two classes, or no class of two photos."""
+    sizes = np.unique(split.labels, return_counts=True)[1]
+    return len(sizes) < 2 or sizes.max() < 2
+
+
+def check_counts(dataset, root, labels):
+    """Raises UserError if a named dataset is incomplete."""
+    found = len(labels), int(np.isin(labels, SPLITS[dataset]["test"]).sum())
+    wanted = COUNTS[dataset]
+    if found != wanted:
+        raise UserError(f"{root}: {found[0]:,} images, {found[1]:,} of them for testing, instead "
+                        f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
+
+
+def check_files(dataset, data, root, images, masks, need_masks):
+    """Raises UserError if photos share a mask, or if files are missing."""
+    for mask, photos in Counter(masks).most_common(1):
+        if photos > 1:
+            raise UserError(f"{mask}: two photos share this mask; rename one of them")
+    missing = [path for path in images if not path.is_file()]
+    remedy = f"unpack {root} again"
+    if need_masks and not missing:
+        missing = [path for path in masks if not path.is_file()]
+        remedy = f"run: python masks.py --dataset {dataset}"
+        if dataset in SPLITS:
+            remedy += f" --data {data}"
     if missing:
-        where = f" --data {data}" if dataset in SPLITS else ""
-        remedy = (f"unpack {root} again" if missing[0] in images else
-                  f"run: python masks.py --dataset {dataset}{where}")
         raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
-    return splits
+
+
+def find_unusable(masks):
+    """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
+    they are the most."""
+    with ThreadPoolExecutor() as threads:
+        faults = [*progress(threads.map(judge_mask, masks), "masks", len(masks))]
+    unusable = np.array([empty or full for empty, full, _, _ in faults], bool)
+    if 2 * unusable.sum() > len(masks):
+        raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
+    if unusable.any():
+        print(f"left out: {unusable.sum():,} of {len(masks):,} photos, because their mask is "
+              "nearly empty or full (left_out.csv in the run's folder)")
+    return unusable
 
 
 # ---- 10. Photos ----------------------------------------------------------------------------------
@@ -809,11 +1100,17 @@ def mask_faults(mask):
     return share < EMPTY, share > FULL, grey > FUZZY, share
 
 
+@functools.cache
+def judge_mask(path):
+    """mask_faults() of a file, which is read once per process."""
+    return mask_faults(open_mask(path))
+
+
 def check_masks(splits):
     """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
     masks = [mask for split in splits.values() for mask in split.masks]
     sample = np.random.default_rng(0).permutation(len(masks))[:200]
-    faults = np.array([mask_faults(open_mask(masks[i])) for i in sample])
+    faults = np.array([judge_mask(masks[i]) for i in sample])
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
     print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
           f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
@@ -828,8 +1125,9 @@ class Photos(torch.utils.data.Dataset):
 
     def __init__(self, images, masks, size, *, keep=True):
         self.images, self.masks = images, masks
-        self.short_side = round(RESIZE * size)
+        self.size, self.short_side = size, round(RESIZE * size)
         self.kept = []
+        self.faults = {}  # {index: (the mask is nearly empty or full, the object is off centre)}
         if not keep:
             return
         # DIFF: photos are resized once per run, not on every access.
@@ -845,7 +1143,7 @@ class Photos(torch.utils.data.Dataset):
         threads = ThreadPoolExecutor()
         try:
             decoded = threads.map(self.decode, range(len(self)))
-            yield from tqdm(decoded, title, len(self), leave=False, disable=None)
+            yield from progress(decoded, title, len(self))
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -858,7 +1156,24 @@ class Photos(torch.utils.data.Dataset):
     def decode(self, i):
         image = self.images[i]
         planes = [open_rgb(image)] if self.masks is None else open_pair(image, self.masks[i])
-        return torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
+        photo = torch.cat([TF.pil_to_tensor(TF.resize(plane, self.short_side)) for plane in planes])
+        if self.masks is not None:
+            foreground = photo[3] >= THRESHOLD
+            share = foreground.float().mean()
+            inside = TF.center_crop(foreground, self.size).sum() / foreground.sum()  # or nan
+            self.faults[i] = bool(share < EMPTY or share > FULL), bool(inside < 0.5)
+        return photo
+
+    def warn(self, split):
+        """Prints a line if five percent of the decoded photos have a mask or a place of the object
+        that makes the results wrong."""
+        unusable, off_centre = np.mean([*self.faults.values()], axis=0)
+        if unusable >= 0.05:
+            print(f"warning: {unusable:.0%} of the {split} photos have a mask that is nearly empty "
+                  "or full; look at it with masks.py --verify --sheet")
+        if off_centre >= 0.05:
+            print(f"warning: in {off_centre:.0%} of the {split} photos, more than half of the "
+                  "object lies outside of the centre crop; crop the photos around the object")
 
 
 def free_memory():
@@ -882,10 +1197,25 @@ def free_memory():
 
 # ---- 11. Batches ---------------------------------------------------------------------------------
 
+# A training batch. photos: (B, 4, S, S) uint8, photo and mask, cropped at random. labels: (B,).
+# backgrounds: None for a base run; photos of the pool, (B, 3, S, S) uint8; or, with own
+# backgrounds, other photos of the batch and their masks, (B, 4, S, S) uint8.
+TrainingBatch = namedtuple("TrainingBatch", "photos labels backgrounds")
+
+# A test batch. photos: (B, 4, S, S) uint8, cropped at the centre. labels: (B,). backgrounds: photos
+# of the pool, a list of (B, 3, S, S) uint8, one for each draw; empty without a pool. lenders:
+# {condition: list of (B, 4, S, S) uint8}, photos and masks of the lenders of each draw.
+EvaluationBatch = namedtuple("EvaluationBatch", "photos labels backgrounds lenders")
+
 
 def seed_of(*numbers):
     """One 64-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def seed_crops(*numbers):
+    """Seeds the generator that torchvision's random crops use, in this process only."""
+    torch.default_generator.manual_seed(seed_of(*numbers))
 
 
 def random_view(photo, size):
@@ -896,87 +1226,129 @@ def random_view(photo, size):
     return TF.hflip(view) if torch.rand(()) < FLIP else view
 
 
-class Batches(torch.utils.data.Dataset):
-    """Item n: photos (B, 4, S, S), {condition: backgrounds (draws, B, 3 or 4, S, S)}, both uint8,
-    and labels (B,). `draws` is {condition: backgrounds per photo}; see background(). With a
-    sampler, item n is the n-th batch of the training, and its photos are cropped at random. Without
-    one, items_per_pass items hold all photos in order, cropped at the centre, and the following
-    items hold the same photos with other backgrounds."""
+class TrainingBatches(torch.utils.data.Dataset):
+    """Item n is the n-th TrainingBatch of a run. `bgaugment` is none, pool or own."""
 
-    def __init__(self, *, photos, labels, size, seed, pool=None, draws=None, sampler=None):
-        self.photos, self.labels = photos, torch.as_tensor(labels)
+    def __init__(self, photos, labels, sampler, size, seed, bgaugment="none", pool=None):
+        self.photos, self.labels, self.sampler = photos, torch.as_tensor(labels), sampler
         self.size, self.seed = size, seed
-        self.pool, self.draws, self.sampler = pool, draws or {}, sampler
-        self.items_per_pass = math.ceil(len(photos) / EVAL_BATCH)
-
-    def plan(self, n):
-        """[(index of a photo, seed of its random numbers)] of item n."""
-        # DIFF: a batch depends only on the seed and its number, so a resumed run repeats no batch.
-        if self.sampler:
-            indices = self.sampler.batch((*self.seed, n))
-            return [(index, (*self.seed, n, slot)) for slot, index in enumerate(indices)]
-        epoch, item = divmod(n, self.items_per_pass)
-        indices = range(len(self.photos))[item * EVAL_BATCH:(item + 1) * EVAL_BATCH]
-        return [(index, (*self.seed, epoch, index)) for index in indices]
-
-    def view(self, index):
-        """Photo and mask, cropped: (4, S, S)."""
-        photo = self.photos[index]
-        return random_view(photo, self.size) if self.sampler else TF.center_crop(photo, self.size)
-
-    def background(self, index, condition, others):
-        """For `replaced`, a photo of the pool (3, S, S) with the training transform (Section 4).
-        Else, or without a pool, one of `others` and its mask (4, S, S): for `same_class` of the
-        same class, for all else of another one."""
-        if condition == "replaced" and self.pool is not None:
-            return random_view(self.pool[int(torch.randint(len(self.pool), ()))], self.size)
-        of_class = self.labels[others] == self.labels[index]
-        if condition == "same_class":  # once each: photos that share one would find each other
-            seed = (*self.seed, int(self.labels[index]))
-            order = np.random.default_rng(seed).permutation(others[of_class].numpy())
-            return self.view(int(np.roll(order, 1)[order == index][0]))
-        rows = others[~of_class]
-        return self.view(int(rows[torch.randint(len(rows), ())]))
+        self.bgaugment, self.pool = bgaugment, pool
 
     def __getitem__(self, n):
-        plan, photos, drawn = self.plan(n), [], defaultdict(list)
-        indices = [index for index, _ in plan]
-        others = torch.tensor(indices) if self.sampler else torch.arange(len(self.photos))
-        for index, seed in plan:
-            torch.default_generator.manual_seed(seed_of(*seed))  # torchvision's crops use it
-            photo = self.view(index)
-            if self.sampler and self.draws and self.pool is None and torch.rand(()) < 0.5:
-                photo = photo.index_fill(0, torch.tensor(3), 255)  # half of the images stay clean
-            photos.append(photo)
-            for condition, draws in self.draws.items():
-                chosen = [self.background(index, condition, others) for _ in range(draws)]
-                drawn[condition].append(torch.stack(chosen))
-        backgrounds = {condition: torch.stack(some, dim=1) for condition, some in drawn.items()}
-        return torch.stack(photos), backgrounds, self.labels[indices]
+        # DIFF: a batch depends only on the seed and its number, so a resumed run repeats no batch.
+        indices = self.sampler.batch((*self.seed, n))
+        labels = self.labels[indices]
+        photos, backgrounds = [], []
+        for k, index in enumerate(indices):
+            seed_crops(*self.seed, n, k)
+            photos.append(random_view(self.photos[index], self.size))
+            if self.bgaugment == "pool":
+                backgrounds.append(random_view(draw_background(self.pool), self.size))
+            elif self.bgaugment == "own":
+                lender = indices[draw_lender(labels, k)]
+                backgrounds.append(random_view(self.photos[lender], self.size))
+        return TrainingBatch(torch.stack(photos), labels,
+                             torch.stack(backgrounds) if backgrounds else None)
 
 
-def make_batches(args, split, purpose, draws, sampler=None):
-    """The Batches of a Split. Photos that are needed only once are not kept in memory."""
-    keep = purpose != TEST or "other_class" in draws
+class EvaluationBatches(torch.utils.data.Dataset):
+    """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order; the next
+    items hold them again, with other backgrounds, as each validation needs. `draws` is the number
+    of backgrounds for each photo: of the pool, if there is one, and for each condition in `lent`
+    (same_class, any_class) of other photos."""
+
+    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=()):
+        self.photos, self.labels = photos, torch.as_tensor(labels)
+        self.size, self.seed = size, seed
+        self.draws, self.pool, self.lent = draws, pool, lent
+        self.per_epoch = math.ceil(len(photos) / EVAL_BATCH)
+
+    @functools.lru_cache(maxsize=1)  # of one epoch
+    def lenders(self, epoch):
+        """{condition: (draws, N) indices of the photos that lend their background}"""
+        groups = {"same_class": self.labels, "any_class": torch.zeros_like(self.labels)}
+        return {condition: draw_lenders(groups[condition], (*self.seed, epoch), self.draws)
+                for condition in self.lent}
+
+    def crops(self, indices):
+        """Photos and masks: (B, 4, S, S)."""
+        return torch.stack([TF.center_crop(self.photos[i], self.size) for i in indices])
+
+    def __getitem__(self, n):
+        epoch, batch = divmod(n, self.per_epoch)
+        indices = range(len(self.photos))[batch * EVAL_BATCH:(batch + 1) * EVAL_BATCH]
+        backgrounds = []  # of each photo
+        for index in indices if self.pool else ():
+            seed_crops(*self.seed, epoch, index)
+            backgrounds.append([random_view(draw_background(self.pool), self.size)
+                                for _ in range(self.draws)])
+        lent = {condition: [self.crops(draw[indices]) for draw in lenders]
+                for condition, lenders in self.lenders(epoch).items()}
+        return EvaluationBatch(self.crops(indices), self.labels[indices],
+                         [torch.stack(draw) for draw in zip(*backgrounds)], lent)
+
+
+def make_training_batches(args, split, sampler):
+    """The TrainingBatches of a Split."""
+    photos, pool = Photos(split.images, split.masks, args.image_size), None
+    photos.warn("training")
+    if args.bgaugment == "pool":
+        pool = Photos(list_backgrounds(args, "val"), None, args.image_size)
+    return TrainingBatches(photos, split.labels, sampler, args.image_size, (args.seed, TRAIN_SEED),
+                           args.bgaugment, pool)
+
+
+def make_evaluation_batches(args, split, name, draws, lent, *, keep=True):
+    """The EvaluationBatches of a Split, which is the `name` split: val or test. It decides which
+    photos are the pool, if there is one."""
+    pool = None
+    if args.reference == "replaced":
+        pool = Photos(list_backgrounds(args, name), None, args.image_size)
+    seed = args.seed, {"val": VAL_SEED, "test": TEST_SEED}[name]
     photos = Photos(split.images, split.masks, args.image_size, keep=keep)
-    paths = list_backgrounds(args, "test" if purpose == TEST else "val") if draws else []
-    pool = Photos(paths, None, args.image_size) if paths else None
-    return Batches(photos=photos, labels=split.labels, size=args.image_size, pool=pool,
-                   seed=(args.seed, purpose), draws=draws, sampler=sampler)
+    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent)
 
 
-def loader(batches, args, items=None):
-    """Yields items of `batches`, on the device: `items`, or one evaluation pass if None."""
+def load(batches, args, numbers=None):
+    """Yields items of `batches`, on the device: those with these numbers, or the first epoch."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
-    for photos, backgrounds, labels in torch.utils.data.DataLoader(
+    for batch in torch.utils.data.DataLoader(
             batches, batch_size=None, num_workers=args.workers,
-            sampler=range(batches.items_per_pass) if items is None else items,
+            sampler=range(batches.per_epoch) if numbers is None else numbers,
             timeout=120 if args.workers else 0,  # seconds; a full /dev/shm would block forever
             multiprocessing_context="fork" if fork and args.workers else None,
             pin_memory=args.device.startswith("cuda")):
-        photos, labels, *drawn = (tensor.to(args.device, non_blocking=True)
-                                  for tensor in (photos, labels, *backgrounds.values()))
-        yield photos, dict(zip(backgrounds, drawn)), labels
+        yield to_device(batch, args.device)
+
+
+def progress(items, title, total=None):
+    """Yields the items. A terminal shows a bar. A file gets a line after half a minute, and then
+    each minute: how many items are done and how long the rest will take."""
+    total = len(items) if total is None else total
+    if sys.stderr.isatty():
+        yield from tqdm(items, title, total, leave=False)
+        return
+    start, next_line = time.monotonic(), 30
+    for done, item in enumerate(items, start=1):
+        yield item
+        seconds = time.monotonic() - start
+        if seconds > next_line:
+            left = seconds / done * (total - done) / 60
+            print(f"{title}: {done:,} of {total:,}, {left:.1f} min left", file=sys.stderr)
+            next_line = seconds + 60
+
+
+def to_device(batch, device):
+    """The batch with all its tensors on the device."""
+    if torch.is_tensor(batch):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
+    if isinstance(batch, dict):
+        return {key: to_device(item, device) for key, item in batch.items()}
+    if isinstance(batch, tuple):
+        return type(batch)(*(to_device(item, device) for item in batch))
+    return batch
 
 
 # ---- 12. Other networks --------------------------------------------------------------------------
@@ -1136,48 +1508,86 @@ sop      arcface             40.50   6.98 0.05  0.13 0.14    22.25  16.53 0.05  
 sop      normalized_softmax  41.52   7.67 0.04  0.12 0.14    32.16  24.60 0.03  0.28 0.20
 """.strip().splitlines())}
 
-COLUMNS = ("clean", "replaced", "query", "object only", "background only", "lost %", "R@1 clean",
-           "R@1 replaced", "attention")
-
-# The conditions on the way from clean to replaced, and what the step to each of them costs.
-STEPS = {"pasted": "cutting and pasting costs", "same class": "another background",
-         "other class": "losing what the background tells about the class",
-         "replaced": "foreign backgrounds"}
-STEP_COLUMNS = ("clean", *STEPS, *(f"R@1 {step}" for step in STEPS))
-NOTES = """MAP@R and R@1 (Recall@1) are in %. *lost %* is the fall from clean to replaced, in % of
-clean, unless clean is below twice chance. Numbers after ± are standard deviations: over the seeds
-or, with one seed, over the draws of backgrounds (for attention: over the images)."""
+FORMAT = 2  # of config.json and result.json; other versions of this script have another number
+# The way from clean photos to foreign backgrounds, and what changes in the step to each condition.
+CHAIN = {"pasted": "cutting and pasting", "same class": "another background of the class",
+         "any class": "a background that no longer goes with the class",
+         "replaced": "a background foreign to the data"}
+RESAMPLES = 2000  # of the bootstrap
+NOISY = 20  # with fewer classes, a mean over them depends on which classes they are
+NOTES = """MAP@R and R@1 (Recall@1) are in %. *drop %* is the fall of MAP@R from clean to the
+condition in parentheses, in % of clean. *fooled %*: another object in front of the query's own
+background is nearer to the query than the right object elsewhere; *confused %*: the same with this
+object in front of yet another background. 50 is a coin toss. Numbers after ± are standard
+deviations: over the seeds or, with one seed, over the draws of backgrounds (for attention: over the
+photos)."""
 
 
 def read_result(run):
-    """The content of a finished run's result.json, and `columns`: {column: values in %, one per
-    draw}. The column attention holds one score per image, not in %."""
+    """The content of a finished run's result.json, its folder `run`, and `columns`: {column: values
+    in %, one for each draw}. The attention columns hold one score for each photo, not in %. None if
+    another version of this script wrote it."""
     result = json.loads((run / "result.json").read_text())
+    if result.get("format") != FORMAT:
+        return None
     columns = {}
     for condition, draws in result["test"].items():
-        name = condition.replace("_", " ")
+        name = column_of(condition)
         columns[name] = [100 * draw["map@r"] for draw in draws]
         columns[f"R@1 {name}"] = [100 * draw["recall@1"] for draw in draws]
-    clean, replaced, chance = (np.mean(columns[name]) for name in ("clean", "replaced", "chance"))
-    columns["lost %"] = [100 * (1 - replaced / clean) if clean > 2 * chance else math.nan]
+    clean, chance = np.mean(columns["clean"]), np.mean(columns["chance"])
+    # Where a network hardly retrieves anything, a drop is noise.
+    result["above_chance"] = bool(clean > chance + min(chance, (100 - chance) / 4))
+    if result["above_chance"]:
+        reference = column_of(result["args"]["reference"])
+        columns[f"drop % ({reference})"] = [100 * (1 - draw / clean) for draw in columns[reference]]
+        columns["fooled %"] = [100 * share for share in result["fooled"]]
+        columns["confused %"] = [100 * share for share in result["confused"]]
+        columns |= steps_of(columns)
     if (run / "attention.npz").exists():
-        scores = np.load(run / "attention.npz")["score"]
-        if np.isfinite(scores).any():
-            columns["attention"] = scores[np.isfinite(scores)]
-    return {**result, "columns": columns}
+        saved = np.load(run / "attention.npz")
+        for name, column in (("score", "attention"), ("beyond", "beyond another mask")):
+            if np.isfinite(saved[name]).any():
+                columns[column] = saved[name][np.isfinite(saved[name])]
+    return {**result, "columns": columns, "run": run}
+
+
+def column_of(condition):
+    """The name of a condition in tables."""
+    return condition.replace("_and_", " + ").replace("_", " ")
+
+
+def steps_of(columns):
+    """{what changes in a step of CHAIN: its changes of MAP@R in points, one for each draw}"""
+    steps, before = {}, columns["clean"]
+    for condition, what in CHAIN.items():
+        if condition in columns:
+            after = columns[condition]
+            draws = range(max(len(before), len(after)))
+            steps[what] = [after[k % len(after)] - before[k % len(before)] for k in draws]
+            before = after
+    return steps
 
 
 def row_name(result):
     """The name of a row, such as: contrastive + BGAugment, lr 0.001."""
     args = result["args"]
-    name = args["loss"] if args["epochs"] else "not trained"
-    hparams = HPARAMS.get(args["dataset"], HPARAMS["cars196"]).get(args["loss"], {})
+    if args["measure"]:
+        return ", ".join(["as it is", *settings_of(args["settings"])])
+    variant = {"none": "", "pool": " + BGAugment", "own": " + own backgrounds"}[args["bgaugment"]]
+    return args["loss"] + variant + "".join(f", {text}" for text in changes_of(args))
+
+
+def changes_of(args):
+    """The texts of what a training run has other than the defaults."""
+    hparams = hyper_parameters(args["loss"], args["dataset"])
     edited = {key: args["hparams"].get(key) for key in sorted(args["hparams"] | hparams)
-              if args["epochs"] and args["hparams"].get(key) != hparams.get(key)}
-    settings = [f"{key.replace('_', ' ')} {value}"
-                for key, value in (args["settings"] | edited).items()]
-    name = ", ".join([f"{name} + BGAugment" if args["bgaugment"] else name, *settings])
-    return name.replace("backgrounds own", "own backgrounds")
+              if args["hparams"].get(key) != hparams.get(key)}
+    return settings_of(args["settings"] | edited)
+
+
+def settings_of(settings):
+    return [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
 
 
 def mean_and_std(values):
@@ -1186,27 +1596,53 @@ def mean_and_std(values):
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
+def columns_of(result):
+    """The columns of the first table; all results of one table have the same reference."""
+    reference = column_of(result["args"]["reference"])
+    return ("clean", "any class", "replaced", f"drop % ({reference})", "query", "object only",
+            "background only", "photo + object", "fooled % (confused)", "R@1 clean",
+            f"R@1 {reference}", "attention", "beyond another mask")
+
+
 def table_row(name, results, columns):
     """The row {column: text} of results that differ only in the seed."""
     row = {"": name, "seeds": str(len(results))}
     for column in columns:
-        values = [result["columns"][column] for result in results if column in result["columns"]]
-        if len(values) == len(results):  # otherwise some seeds have no attention score
-            row[column] = mean_and_std(values[0] if len(values) == 1 else [*map(np.mean, values)])
-    if "nan" in row.get("lost %", ""):
-        row["lost %"] = "hardly better than chance"
+        if column == "fooled % (confused)":
+            fooled = values_of(results, "fooled %"), values_of(results, "confused %")
+            if all(fooled):
+                row[column] = "{} ({})".format(*map(mean_and_std, fooled))
+        elif column in ("attention", "beyond another mask"):
+            photos = {len(result["columns"].get(column, ())) for result in results}
+            if len(photos) == 1 and photos != {0}:  # only scores of equally many photos have a mean
+                scores = mean_and_std(values_of(results, column))
+                row[column] = f"{scores} ({photos.pop():,} photos)"
+        elif values := values_of(results, column):
+            row[column] = mean_and_std(values)
+        elif column.startswith("drop %"):
+            row[column] = "hardly better than chance"
     return row
+
+
+def values_of(results, column):
+    """The values of one result, or the means of several; [] if a result has none."""
+    values = [result["columns"].get(column, ()) for result in results]
+    if not all(map(len, values)):
+        return []
+    return list(values[0]) if len(values) == 1 else [float(np.mean(draws)) for draws in values]
 
 
 def paper_row(args):
     """The row of the paper's result for the same dataset, loss and variant, if there is one."""
     numbers = PAPER.get((args["dataset"], args["loss"]))
-    if not numbers or not args["epochs"]:
+    if not numbers or args["measure"] or args["bgaugment"] == "own":
         return []
-    clean, replaced, draws, attention, images = numbers[5:] if args["bgaugment"] else numbers[:5]
-    return [{"": "  paper", "clean": f"{clean:.2f}", "replaced": f"{replaced:.2f} ± {draws:.2f}",
-             "lost %": f"{100 * (clean - replaced) / clean:.2f}",
-             "attention": f"{attention:.2f} ± {images:.2f}"}]
+    of_variant = numbers[:5] if args["bgaugment"] == "none" else numbers[5:]
+    clean, replaced, over_draws, attention, over_images = of_variant
+    return [{"": "  paper", "clean": f"{clean:.2f}",
+             "replaced": f"{replaced:.2f} ± {over_draws:.2f}",
+             "drop % (replaced)": f"{100 * (clean - replaced) / clean:.2f}",
+             "attention": f"{attention:.2f} ± {over_images:.2f}"}]
 
 
 def as_table(rows):
@@ -1220,40 +1656,146 @@ def as_table(rows):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def explain_loss(result):
-    """Two lines: MAP@R from clean to replaced (own: to other class), and what each step costs."""
-    names = ("clean", *STEPS)[:4 if result["args"]["backgrounds"] == "own" else 5]
-    means = [np.mean(result["columns"][name]) for name in names]
-    path = " → ".join(f"{name} {mean:.1f}" for name, mean in zip(names, means))
-    costs = ", ".join(f"{what} {round(before - after, 1) + 0:.1f}"  # + 0 turns -0.0 into 0.0
-                      for what, before, after in zip(STEPS.values(), means, means[1:]))
-    hint = " Pasting costs over a tenth: check the masks." if means[1] < 0.9 * means[0] else ""
-    return f"What the loss is made of (MAP@R in %): {path}\nOf {means[0]:.1f}, {costs}.{hint}"
+def explain_drop(result):
+    """The drop of a run, step by step (lines of text), and the classes that drop most."""
+    columns, reference = result["columns"], column_of(result["args"]["reference"])
+    if not result["above_chance"]:
+        return [f"Clean MAP@R {np.mean(columns['clean']):.2f} % is hardly better than chance, "
+                f"{np.mean(columns['chance']):.2f} %. So a drop or a fooled share would be noise."]
+    names = ["clean", *(condition for condition in CHAIN if condition in columns)]
+    path = " → ".join(f"{name} {np.mean(columns[name]):.1f}" for name in names)
+    lines = [f"The drop of MAP@R (in %), step by step: {path}; object only "
+             f"{np.mean(columns['object only']):.1f}"]
+    steps = []
+    for what in CHAIN.values():
+        if what in columns:
+            change = round(np.mean(columns[what]), 1) + 0  # + 0 turns -0.0 into 0.0
+            steps.append(f"{what} {change:+.1f}")
+    lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
+    if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
+        lines.append("Cutting and pasting costs over a tenth: check the masks.")
+    photos = read_photos(result["run"])
+    by_class = defaultdict(list)
+    for photo in photos.values():
+        by_class[photo["class"]].append((photo["clean"], photo[result["args"]["reference"]]))
+    means = {name: np.mean(values, axis=0) for name, values in by_class.items() if len(values) >= 5}
+    worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
+    if worst:
+        texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
+        lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
+    return lines
 
 
-def report(folder, of=None):
-    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5), two
-    per test set; with `of`, only that run's. Raises UserError if there is no finished run."""
+def write_photos(run, args, split, photos):
+    """Writes photos.csv: the average precision of each query in each condition, in %, its drop in
+    points, and how often it is fooled and confused. Queries that drop most come first."""
+    root = dataset_root(args.dataset, args.data)
+    columns = ("clean", "any_class", "replaced", "drop", "fooled", "confused")
+    table = []
+    for i in np.argsort(-photos["drop"].numpy(), kind="stable"):
+        image = split.images[i]
+        label = image.parent.name
+        if args.dataset in ("cars196", "sop"):  # their folders are no classes
+            label = split.labels[i] + 1
+        values = [float(photos[column][i]) if column in photos else math.nan for column in columns]
+        if not math.isnan(values[0]):  # otherwise the photo has no other one of its class
+            texts = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
+            table.append([image.relative_to(root).as_posix(), label, *texts])
+    write_csv(run / "photos.csv", ["photo", "class", *columns], table)
+
+
+def read_photos(run):
+    """{photo: {"class": name, column: value}} of photos.csv; nan for an empty cell."""
+    photos = {}
+    with open(run / "photos.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        for row in csv.DictReader(file):
+            photo, name = row.pop("photo"), row.pop("class")
+            values = {column: float(text or "nan") for column, text in row.items()}
+            photos[photo] = {"class": name, **values}
+    return photos
+
+
+def compare_rows(first, second):
+    """A line: what the second row gains over the first, which has another variant, paired by photo
+    over the seeds that both have; with a 95 % bootstrap interval over classes. "" if there are
+    fewer than NOISY classes. A row is {seed: result}."""
+    seeds = sorted(first.keys() & second.keys())
+    differences = defaultdict(list)  # {(class, photo): [(clean, reference) of each seed]}
+    for seed in seeds:
+        before, after = read_photos(first[seed]["run"]), read_photos(second[seed]["run"])
+        for photo in before.keys() & after.keys():
+            differences[before[photo]["class"], photo].append(
+                [after[photo][column] - before[photo][column]
+                 for column in ("clean", first[seed]["args"]["reference"])])
+    by_class = defaultdict(list)
+    for (name, _), values in sorted(differences.items()):
+        by_class[name].append(np.mean(values, axis=0))  # the mean over seeds comes first
+    if len(by_class) < NOISY:
+        return ""
+    sums = np.array([np.sum(values, axis=0) for values in by_class.values()])  # (classes, 2)
+    sizes = np.array([len(values) for values in by_class.values()])
+    drawn = np.random.default_rng(0).integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    clean, reference = sums.sum(axis=0) / sizes.sum()
+    name = column_of(first[seeds[0]]["args"]["reference"])
+    return (f"clean {clean:+.1f} [{low[0]:+.1f}, {high[0]:+.1f}], {name} {reference:+.1f} "
+            f"[{low[1]:+.1f}, {high[1]:+.1f}] points ({sizes.sum():,} photos, {len(sizes)} "
+            f"classes, seeds {', '.join(map(str, seeds))})")
+
+
+def compare_variants(rows):
+    """Lines for all pairs of rows {name: {seed: result}} that differ only in the variant."""
+    lines = []
+    for (before, first), (after, second) in itertools.combinations(rows.items(), 2):
+        a, b = (next(iter(row.values()))["args"] for row in (first, second))
+        if a["measure"] or b["measure"] or a["bgaugment"] == b["bgaugment"]:
+            continue
+        if a["loss"] == b["loss"] and changes_of(a) == changes_of(b):
+            line = compare_rows(first, second)
+            if line:
+                lines.append(f"{after} minus {before}: {line}")
+    return lines
+
+
+def report(folder, only=None):
+    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5): two
+    for each test set. With `only`, a run's folder, those of its test set. Raises UserError if there
+    is no finished run."""
     tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
+    chosen, others = None, 0
     for run in sorted(file.parent for file in folder.glob("*/result.json")):
         result = read_result(run)
+        if result is None:
+            others += 1
+            continue
         tables[result["tested"]][row_name(result)][result["args"]["seed"]] = result
+        if run == only:
+            chosen = result
+    if others:
+        print(f"{folder}: {others} runs of another version of bgbias.py are left out")
     if not tables:
         raise UserError(f"--report {folder}: it contains no finished run; train one first")
-    parts, of = [], read_result(of) if of else None
-    for heading in [of["tested"]] if of else tables:
-        rows, steps = [], []
-        for name, seeds in tables[heading].items():
+    parts = []
+    for heading, rows in tables.items():
+        if chosen and heading != chosen["tested"]:
+            continue
+        first, chain = [], []
+        for name, seeds in rows.items():
             results = list(seeds.values())
-            rows += [table_row(name, results, COLUMNS), *paper_row(results[0]["args"])]
-            steps.append(table_row(name, results, STEP_COLUMNS))
-        parts += [f"## {heading}", as_table(rows)]
-        parts += [explain_loss(of)] if of else ["What the loss is made of:", as_table(steps)]
-    return "\n\n".join(parts)
+            first += [table_row(name, results, columns_of(results[0])),
+                      *paper_row(results[0]["args"])]
+            chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+        parts += [f"## {heading}", as_table(first)]
+        if chosen:
+            parts.append("\n".join(explain_drop(chosen)))
+        else:
+            parts += ["The drop of MAP@R, step by step:", as_table(chain)]
+        parts += ["\n".join(compare_variants(rows))]
+    return "\n\n".join(part for part in parts if part)
 
 
 # ---- 15. Command line ----------------------------------------------------------------------------
-
 
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
@@ -1268,60 +1810,106 @@ def write_text(path, text):
     write(path, lambda draft: draft.write_text(text, "utf-8", "backslashreplace"))
 
 
-# These flags do not change what a run computes, or they have their own place in the run's name.
-NO_SETTINGS = {"dataset", "loss", "bgaugment", "seed", "data", "runs", "device", "workers",
-               "report"}
+def write_csv(path, header, rows):
+    def save(draft):
+        with open(draft, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    write(path, save)
+
+
+# The first part of a run's name has these flags.
+NAMED = ("dataset", "loss", "bgaugment", "measure", "seed")
+# These do not change what a run computes. They are not in its name.
+WHERE = ("data", "runs", "device", "workers", "report")
+# These say how to train. They do not matter to a network that is only measured.
+HOW_TO_TRAIN = ("loss", "bgaugment", "epochs", "iterations", "patience", "batch_size", "lr",
+                "select", "hparams")
 
 
 def parse_args(argv=None):
-    """The arguments, `settings` (those that are not default), `hparams` and the dataset's name."""
+    """The arguments, with defaults filled in, and what follows from them: `settings` (those that
+    are not default), `hparams`, `reference` (the condition that the drop is measured on) and the
+    dataset's `name`. Raises UserError."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
         epilog=f"Defaults are in brackets. They are the paper's, except for toy: {TOY_DEFAULTS}")
-    add, default = parser.add_argument, " [%(default)s]"
+    add = parser.add_argument
     add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
-    add("--loss", choices=LOSSES, default="contrastive", help="training loss" + default)
-    add("--bgaugment", action="store_true", help="replace backgrounds of training images")
-    add("--data", default="data", help="folder that holds the named datasets" + default)
-    add("--backgrounds", type=os.path.normpath, help="folder with val/ and test/, or own: those of "
-        "photos of other classes [DATA/unsplash_backgrounds, or FOLDER/backgrounds, else own]")
-    add("--runs", default="runs", help="folder that holds the run folders" + default)
-    add("--seed", type=int, default=42, help="seed of all random numbers" + default)
-    add("--epochs", type=int, help="largest number of epochs; 0: no training" + default)
-    add("--iterations", type=int, help="batches per epoch" + default)
-    add("--patience", type=int, default=15, help="epochs without improvement, then stop" + default)
-    add("--batch-size", type=int, default=32, help="images per batch" + default)
-    add("--lr", type=float, help="learning rate of the network" + default)
+    add("--loss", choices=LOSSES, default="contrastive", help="training loss [contrastive]")
+    add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
+        help="replace backgrounds of training photos: by photos of the pool, the paper's way, or "
+        "(own) by backgrounds of other training photos")
+    add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
+        "as it is, without training: on the classes that a trained run tests, or on all classes")
+    add("--data", default="data", help="folder that holds the named datasets [data]")
+    add("--backgrounds", help="the pool: a folder with val/ and test/ [DATA/unsplash_backgrounds, "
+        "or FOLDER/backgrounds if it exists]")
+    add("--runs", default="runs", help="folder that holds the run folders [runs]")
+    add("--seed", type=int, default=42, help="seed of all random numbers [42]")
+    add("--epochs", type=int, help=f"largest number of epochs [{DEFAULTS['epochs']}]")
+    add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
+    add("--patience", type=int, help="epochs without improvement, then stop [15]")
+    add("--batch-size", type=int, help="photos per batch [32]")
+    add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
-        "which calls NAME() in FOLDER/hubconf.py" + default)
-    add("--weights", help="imagenet, none (random) or FILE" + default)
-    add("--embedding", type=int, default=EMBEDDING, help="size; 0: no linear layer" + default)
-    add("--image-size", type=int, help="side of the crops in px" + default)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
+        f"which calls NAME() in FOLDER/hubconf.py [{DEFAULTS['backbone']}]")
+    add("--weights", help="imagenet, none (random) or FILE [imagenet]")
+    add("--embedding", type=int, help="size; 0: no linear layer [128]")
+    add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     add("--workers", type=int, help="processes that prepare batches [up to 8 with CUDA, else 0]")
-    add("--select", choices=("clean", "replaced"), help="validation score that selects the best "
-        "epoch [replaced with --bgaugment, else clean]")
+    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
+        "selects the best epoch [clean, with --bgaugment replaced, with own any_class]")
     add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
-    parser.set_defaults(**DEFAULTS)  # the help shows these
-    known, _ = parser.parse_known_args(argv)
-    pools = dict.fromkeys(PLACES, Path(known.data, "unsplash_backgrounds"))
-    pools["toy"] = Path(known.data, "toy/backgrounds")
-    parser.set_defaults(
-        **TOY_DEFAULTS if known.dataset == "toy" else DEFAULTS,
-        backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
-        select="replaced" if known.bgaugment else "clean")
-    if ":" in known.backbone:
-        parser.set_defaults(weights="imagenet")
     args = parser.parse_args(argv)
-    if not (known.backgrounds or args.bgaugment or args.dataset in SPLITS
-            or Path(args.backgrounds).is_dir()):
-        args.backgrounds = "own"  # without BGAugment, no pool is needed
-    excluded = NO_SETTINGS if args.epochs else NO_SETTINGS | {"epochs"}
-    args.settings = {name: value for name, value in vars(args).items()
-                     if name not in excluded and value != parser.get_default(name)}
-    args.hparams = HPARAMS.get(args.dataset, HPARAMS["cars196"])[args.loss]
+    defaults = default_settings(args)
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.reference = "replaced" if args.backgrounds else "any_class"
+    args.settings = {name: getattr(args, name) for name in defaults
+                     if getattr(args, name) != defaults[name]
+                     and not (args.measure and name in HOW_TO_TRAIN)}
+    args.hparams = hyper_parameters(args.loss, args.dataset)
     args.name = os.path.basename(os.path.abspath(args.dataset))
+    check_args(args)
     return args
+
+
+def default_settings(args):
+    """{flag: default} of all flags that become part of a run's name if they are given."""
+    defaults = dict(TOY_DEFAULTS if args.dataset == "toy" else DEFAULTS)
+    backbone = args.backbone or defaults["backbone"]
+    pool = Path(args.dataset, "backgrounds")  # of a user's folder
+    if args.dataset == "toy":
+        pool = Path(args.data, "toy/backgrounds")
+    elif args.dataset in SPLITS:
+        pool = Path(args.data, "unsplash_backgrounds")
+    elif not pool.is_dir():
+        pool = None
+    select = {"none": "clean", "pool": "replaced", "own": "any_class"}[args.bgaugment]
+    return {
+        "backgrounds": pool and str(pool), "epochs": defaults["epochs"],
+        "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
+        "lr": defaults["lr"], "backbone": defaults["backbone"],
+        "weights": "imagenet" if ":" in backbone else defaults["weights"],
+        "embedding": EMBEDDING, "image_size": defaults["image_size"], "select": select}
+
+
+def check_args(args):
+    """Raises UserError for flags that do not go together."""
+    if args.backgrounds == "own":
+        raise UserError("--backgrounds own: this flag is now --bgaugment own, and a folder without "
+                        "backgrounds/ needs no flag; leave it out")
+    if args.bgaugment == "pool" and not args.backgrounds and not args.measure:
+        raise UserError(f"--bgaugment: {args.dataset}/backgrounds does not exist; put background "
+                        "photos into its folders val/ and test/, or give --bgaugment own")
+    if args.select == "replaced" and not args.backgrounds and not args.measure:
+        raise UserError("--select replaced: there are no background photos; give --select "
+                        "any_class")
+    if args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: give --measure to measure a network without "
+                        "training it")
 
 
 def choose_device(args):
@@ -1337,9 +1925,14 @@ def choose_device(args):
 
 
 def run_folder(args):
-    """RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, then the settings in the parser's order."""
-    parts = [args.name, args.loss if args.epochs else "untrained",
-             "bgaugment" if args.bgaugment else "base", f"s{args.seed}"]
+    """RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, or RUNS/<dataset>-measure-s<seed>, then
+    the settings in the parser's order."""
+    if args.measure:
+        parts = [args.name, "measure_all" if args.measure == "all" else "measure"]
+    else:
+        variant = {"none": "base", "pool": "bgaugment", "own": "own"}[args.bgaugment]
+        parts = [args.name, args.loss, variant]
+    parts.append(f"s{args.seed}")
     parts += [f"{key}_{value}" for key, value in args.settings.items()]
     name = os.fsencode(re.sub(r'[\s/\\:*?"<>|]', "-", "-".join(parts)))
     if len(name) > 200:  # file systems allow 255 bytes
@@ -1347,23 +1940,84 @@ def run_folder(args):
     return Path(args.runs, os.fsdecode(name))
 
 
-def fingerprint(args, splits):
-    """A checksum over the names and sizes of all photos, masks and backgrounds."""
-    lists = [paths for split in splits.values() for paths in (split.images, split.masks)]
-    lists += [list_photos(Path(args.backgrounds, name)) for name in ("val", "test")]
-    lines = [f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
-             for path in itertools.chain(*lists)]
+@functools.cache
+def file_checksum(path):
+    """The checksum of a file's content, read once per process."""
+    content = path.read_bytes()
+    return f"{zlib.crc32(content):08x} {len(content)}"
+
+
+def checksum_of(paths):
+    """One checksum of the names, folders and contents of files."""
+    with ThreadPoolExecutor() as threads:
+        sums = [*progress(threads.map(file_checksum, paths), "reading", len(paths))]
+    lines = [f"{path.parent.name}/{path.name} {content}\n" for path, content in zip(paths, sums)]
     return f"{zlib.crc32(os.fsencode(''.join(lines))):08x}"
 
 
+def data_checksum(args, splits):
+    """The checksum of all photos, masks and backgrounds. The splits do not change it."""
+    paths = []
+    for field in ("images", "masks"):
+        paths += sorted(path for split in splits.values() for path in getattr(split, field))
+    if args.backgrounds:
+        for name in ("val", "test"):
+            paths += list_photos(Path(args.backgrounds, name))
+    return checksum_of(paths)
+
+
+def network_checksum(args):
+    """The checksum of the files that a network is made of: its weights file, or the folder of its
+    hubconf.py. None if there is no such file."""
+    files = []
+    if args.weights not in ("imagenet", "none"):
+        files.append(Path(args.weights))
+    if ":" in args.backbone:
+        folder = Path(args.backbone.rpartition(":")[0])
+        ours = [Path(path).resolve() for path in (args.runs, args.data)]
+        for path in sorted(folder.rglob("*.py")):
+            inside = path.relative_to(folder).parts
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
+            if not hidden and not any(place in path.resolve().parents for place in ours):
+                files.append(path)
+        weights = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".json"}
+        files += [path for path in visible(folder) if path.suffix in weights]
+    if not files or not all(path.is_file() for path in files):
+        return None
+    return checksum_of(files)
+
+
+def warn_of_copies(splits):
+    """Prints a line if the same photo stands in several classes: one of them is wrong."""
+    classes = defaultdict(set)  # {content: labels}; the data's checksum has read all files already
+    for split in splits.values():
+        for image in split.images:
+            classes[file_checksum(image)].add(image.parent)
+    copies = [sorted(folders) for folders in classes.values() if len(folders) > 1]
+    if copies:
+        first, second = copies[0][:2]
+        print(f"warning: {len(copies):,} photos are in several classes, such as {first.name} and "
+              f"{second.name}; keep each photo in one class only")
+
+
 def check_config(run, config):
-    """Raises UserError if the run was begun with other settings, hyper-parameters or data."""
-    before, now = ({**c["args"], "fingerprint of the data": c["fingerprint"]}
-                   for c in (json.loads((run / "config.json").read_text()), config))
-    for key in sorted(before.keys() & now.keys() - NO_SETTINGS - {"backgrounds"}):
-        if before[key] != now[key]:
-            raise UserError(f"{run}: its {key} was {before[key]}, not {now[key]}; restore it, or "
-                            "give a new folder with --runs")
+    """Raises UserError if the run was begun with other settings, hyper-parameters, photos or
+    network, or by another version."""
+    before = json.loads((run / "config.json").read_text())
+    if before.get("format") != FORMAT:
+        raise UserError(f"{run}: another version of bgbias.py made it; give a new folder with "
+                        "--runs")
+    ignored = {*NAMED, *WHERE, "name", "settings", "backgrounds"}
+    if config["args"]["measure"]:
+        ignored |= set(HOW_TO_TRAIN)
+    for key in sorted(config["args"].keys() - ignored):
+        if key in before["args"] and before["args"][key] != config["args"][key]:
+            raise UserError(f"{run}: its {key} was {before['args'][key]}, not "
+                            f"{config['args'][key]}; restore it, or give a new folder with --runs")
+    for key in ("data", "network"):
+        if None not in (before[key], config[key]) and before[key] != config[key]:
+            raise UserError(f"{run}: the files of its {key} have changed; restore them, or give a "
+                            "new folder with --runs")
 
 
 def main(argv=None):
@@ -1372,56 +2026,151 @@ def main(argv=None):
         text = f"# Background bias, measured\n\n{NOTES}\n\n{report(Path(args.report))}\n"
         write_text(Path(args.report, "report.md"), text)
         return print(text)
+
+    # 1. Look at the data first, because most mistakes are there, and finding them takes seconds.
     choose_device(args)
-    splits = load_splits(args.dataset, args.data, training=args.epochs > 0)
-    for name in ("val", "test") if args.epochs else ("test",):
-        list_backgrounds(args, name)
-    run, cuda = run_folder(args), args.device.startswith("cuda")
-    config = {"args": vars(args), "fingerprint": fingerprint(args, splits),
-              "distance": DISTANCES[args.loss].__name__,
-              "device": torch.cuda.get_device_name(args.device) if cuda else args.device,
-              **{module.__name__: module.__version__ for module in (torch, torchvision, np)}}
-    done, resumed = (args.epochs and (run / name).exists() for name in ("result.json", "last.pt"))
-    if done or resumed:
+    splits = load_splits(args.dataset, args.data, measure=args.measure)
+    if args.backgrounds:
+        for name in ("val", "test"):
+            list_backgrounds(args, name)
+    config = {"format": FORMAT, "args": vars(args), "data": data_checksum(args, splits),
+              "network": network_checksum(args), "distance": DISTANCES[args.loss].__name__,
+              "device": args.device}
+    if args.device.startswith("cuda"):
+        config["device"] = torch.cuda.get_device_name(args.device)
+    for module in (torch, torchvision, np):
+        config[module.__name__] = module.__version__
+
+    # 2. A run is its folder. One that is finished or interrupted must be the same run.
+    run = run_folder(args)
+    finished, resumed = (run / "result.json").exists(), (run / "last.pt").exists()
+    if finished or resumed:
         check_config(run, config)
-    if done:
+    if finished:
         print(f"{run} is finished; delete its result.json to test it again")
-        return print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
+        return print(f"\n{report(run.parent, only=run)}\n\n{NOTES}")
+
+    # 3. What is wrong with the data must be known before hours of training, not after.
     check_masks(splits)
-    images, masks, labels = splits["test"]
-    if args.epochs:  # otherwise a damaged test photo would be found only after the training
-        for _ in Photos(images, masks, args.image_size, keep=False).decode_all("checking"):
-            pass
-    # A resumed run loads its weights from last.pt, so we need no download.
-    state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
-    network = state.network
-    if args.epochs and isinstance(network.backbone, Function):
-        raise UserError(f"--backbone {args.backbone}: a function is not trainable; add --epochs 0")
+    warn_of_copies(splits)
+    warn_of_few_classes(splits)
+    if not args.measure:
+        check_photos(args, splits["test"])
+
+    # 4. The network. A resumed run loads its weights from last.pt, so it needs no download.
+    weights = "none" if resumed else args.weights
+    state = State(args, len(np.unique(splits["train"].labels)), weights)
     if resumed:
         state.load(run / "last.pt")
     else:
         (run / "attention.npz").unlink(missing_ok=True)  # scores of an earlier network
         write_text(run / "config.json", json.dumps(config, indent=2))
+        write_left_out(run, splits["left_out"])
+    print_network(args, run, state)
+
+    # 5. Train, and go back to the best epoch. A measured network is saved as it is.
+    if args.measure:
+        state.save(run / "best.pt", optimiser=False)
+    else:
+        if not state.is_finished:
+            train(args, splits, state, run)
+        warn_of_no_gain(args, state)
+    epochs, best_epoch = state.epochs, state.best_epoch
+    seconds = sum(row.get("seconds", 0) for row in state.history)
+    state.load(run / "best.pt")
+
+    # 6. Test. result.json comes last: it says that the run is finished.
+    test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
+                                           lent=("same_class", "any_class"))
+    if args.measure:
+        test_batches.photos.warn("test")
+    result, photos = run_test(state.network, test_batches, args)
+    write_photos(run, args, splits["test"], photos)
+    result = {**config, "epochs": epochs, "best_epoch": best_epoch, "seconds": seconds,
+              "tested": heading_of(args, splits["test"], result, config), **result}
+    write_text(run / "result.json", json.dumps(result, indent=2))
+    print(f"\n{report(run.parent, only=run)}\n\n{NOTES}")
+
+
+def heading_of(args, split, result, config):
+    """The heading of a table: runs with the same heading were tested on the same photos."""
+    sizes = np.unique(split.labels, return_counts=True)[1]
+    chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
+    return (f"{args.name}: {(sizes > 1).sum():,} test classes, {len(split.labels):,} photos, "
+            f"chance {chance:.2g} %, data {config['data']}")
+
+
+def check_photos(args, split):
+    """Decodes all test photos, so that a damaged one is found before the training. They are decoded
+    again for the test, because keeping them would cost SOP 16 GB during the training."""
+    photos = Photos(split.images, split.masks, args.image_size, keep=False)
+    for _ in photos.decode_all("checking"):
+        pass
+    photos.warn("test")
+    if args.backgrounds:
+        pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
+        for _ in pool.decode_all("checking the pool"):
+            pass
+
+
+def check_finite(embeddings, photos):
+    """Raises UserError naming a photo whose embedding is nan or inf."""
+    for draws in embeddings.values():
+        broken = (~draws.isfinite()).any(dim=2).any(dim=0).nonzero()
+        if len(broken):
+            raise UserError(f"{photos.images[int(broken[0])]}: the network's output for it is not "
+                            "finite; correct the network, or leave this photo out")
+
+
+def warn_of_few_classes(splits):
+    for name in ("val", "test"):
+        classes = len(np.unique(splits[name].labels))
+        if 0 < classes < NOISY:
+            print(f"{name}: {classes} classes are few, so its numbers are noisy")
+
+
+def warn_of_no_gain(args, state):
+    if max(state.scores[1:]) <= state.scores[0]:
+        print(f"--lr {args.lr}: no epoch was better than the network before the training; give a "
+              "lower lr")
+
+
+def write_left_out(run, left_out):
+    """Writes left_out.csv, if photos were left out because of their mask."""
+    if left_out.images:
+        rows = [(image, mask, f"{judge_mask(mask)[3]:.4f}")
+                for image, mask in zip(left_out.images, left_out.masks)]
+        write_csv(run / "left_out.csv", ["photo", "mask", "foreground"], rows)
+
+
+def print_network(args, run, state):
+    network = state.network
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
-    print(f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
-          f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, backgrounds: "
-          f"{args.backgrounds}, {args.device}"
-          + f", resumed after epoch {len(state.history)}" * bool(resumed), flush=True)
-    if not state.is_finished:
-        train(args, splits, state, run)
-    elif not args.epochs:
-        state.save(run / "best.pt", optimiser=False)
-    result = {**config, "epochs": len(state.history), "best_epoch": state.best_epoch,
-              "seconds": sum(row["seconds"] for row in state.history)}
-    state.load(run / "best.pt")  # its history ends with the best epoch
-    test_batches = make_batches(args, splits["test"], TEST, TEST_DRAWS)
-    result["test"] = run_test(state.network, test_batches, args)
-    chance = 100 * np.mean([draw["map@r"] for draw in result["test"]["chance"]])
-    result["tested"] = (f"{args.name}: {len(np.unique(labels))} test classes, {len(labels):,} "
-                        f"photos, chance {chance:.2g} %, data {config['fingerprint']}")
-    write_text(run / "result.json", json.dumps(result, indent=2))
-    print(f"\n{report(run.parent, of=run)}\n\n{NOTES}")
+    line = (f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
+            f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, backgrounds: "
+            f"{args.backgrounds or 'of other photos'}, {args.device}")
+    if state.history:
+        line += f", resumed after epoch {state.epochs}"
+    print(line, flush=True)
+
+
+def print_epoch(args, state, splits):
+    """Prints the last epoch. The time that is left includes the test."""
+    row = state.history[-1]
+    scores = "  ".join(f"{condition} {100 * row[condition]['map@r']:5.2f}"
+                       for condition in ("clean", "replaced", "any_class") if condition in row)
+    line = f"epoch {row['epoch']:3d}  "
+    if row["epoch"] == 0:
+        print(f"{line}before training  val MAP@R {scores}", flush=True)
+        return
+    views = sum(condition in row for condition in ("clean", "replaced", "any_class"))
+    per_view = row["seconds_validation"] / (len(splits["val"].images) * views)
+    of_test = per_view * len(splits["test"].images) * (19 if args.backgrounds else 14)
+    left = row["seconds"] * (args.epochs - row["epoch"]) + of_test
+    print(f"{line}loss {row['loss']:.4f}  val MAP@R {scores}  (best {args.select}: epoch "
+          f"{state.best_epoch})  {row['seconds']:.1f} s, up to {left / 60:.1f} min left",
+          flush=True)
 
 
 def command(main):
