@@ -184,17 +184,17 @@ class MPerClassSampler:
 # ---- 4. Network ----------------------------------------------------------------------------------
 
 # A block without a 1x1 branch has stride 2.
-BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projection
-    "3a": (192, 64, (64, 64), (64, 96), "avg", 32),
-    "3b": (256, 64, (64, 96), (64, 96), "avg", 64),
-    "3c": (320, None, (128, 160), (64, 96), "max", None),
-    "4a": (576, 224, (64, 96), (96, 128), "avg", 128),
-    "4b": (576, 192, (96, 128), (96, 128), "avg", 128),
-    "4c": (576, 160, (128, 160), (128, 160), "avg", 128),
-    "4d": (608, 96, (128, 192), (160, 192), "avg", 128),
-    "4e": (608, None, (128, 192), (192, 256), "max", None),
-    "5a": (1056, 352, (192, 320), (160, 224), "avg", 128),
-    "5b": (1024, 352, (192, 320), (192, 224), "max", 128),
+BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, 1, 2), pool, projection
+    "3a": (192, 64, (64, 64), (64, 96, 96), nn.AvgPool2d, 32),
+    "3b": (256, 64, (64, 96), (64, 96, 96), nn.AvgPool2d, 64),
+    "3c": (320, None, (128, 160), (64, 96, 96), nn.MaxPool2d, None),
+    "4a": (576, 224, (64, 96), (96, 128, 128), nn.AvgPool2d, 128),
+    "4b": (576, 192, (96, 128), (96, 128, 128), nn.AvgPool2d, 128),
+    "4c": (576, 160, (128, 160), (128, 160, 160), nn.AvgPool2d, 128),
+    "4d": (608, 96, (128, 192), (160, 192, 192), nn.AvgPool2d, 128),
+    "4e": (608, None, (128, 192), (192, 256, 256), nn.MaxPool2d, None),
+    "5a": (1056, 352, (192, 320), (160, 224, 224), nn.AvgPool2d, 128),
+    "5b": (1024, 352, (192, 320), (192, 224, 224), nn.MaxPool2d, 128),
 }
 
 
@@ -205,55 +205,55 @@ def conv(width, out, kernel, stride=1):
     return layer
 
 
+def unit(network, name, width, out, kernel, stride=1):
+    """Convolution, BatchNorm and ReLU. The network registers the first two as NAME and NAME_bn."""
+    layer = conv(width, out, kernel, stride)
+    norm = nn.BatchNorm2d(out)
+    network.add_module(name, layer)
+    network.add_module(f"{name}_bn", norm)
+    return nn.Sequential(layer, norm, nn.ReLU())
+
+
+def block(network, name, width, single, triple, double, pool, projection):
+    """The branches of a block, whose outputs are concatenated; see BLOCKS. `triple` and `double`
+    hold the output channels of each convolution of their branch."""
+    stride, padding = (1, 1) if single else (2, 0)
+    branches = []
+    if single:
+        branches.append(unit(network, f"{name}_1x1", width, single, 1))
+    branches.append(nn.Sequential(
+        unit(network, f"{name}_3x3_reduce", width, triple[0], 1),
+        unit(network, f"{name}_3x3", triple[0], triple[1], 3, stride)))
+    branches.append(nn.Sequential(
+        unit(network, f"{name}_double_3x3_reduce", width, double[0], 1),
+        unit(network, f"{name}_double_3x3_1", double[0], double[1], 3),
+        unit(network, f"{name}_double_3x3_2", double[1], double[2], 3, stride)))
+    branches.append(nn.Sequential(pool(3, stride, padding, ceil_mode=True)))
+    if projection:
+        branches[-1].append(unit(network, f"{name}_pool_proj", width, projection, 1))
+    return branches
+
+
 class BNInception(nn.Module):
     """BN-Inception (Ioffe & Szegedy 2015): (B, 3, H, W) BGR, mean-subtracted -> (B, 1024).
     Its parameters are named as in the public checkpoint bn_inception-52deb4733.pth."""
 
     def __init__(self):
         super().__init__()
-        self.add("conv1_7x7_s2", 3, 64, 7, stride=2)
-        self.add("conv2_3x3_reduce", 64, 64, 1)
-        self.add("conv2_3x3", 64, 192, 3)
-        for block, (width, single, triple, double, _, projection) in BLOCKS.items():
-            name, stride = f"inception_{block}", 1 if single else 2
-            if single:
-                self.add(f"{name}_1x1", width, single, 1)
-            self.add(f"{name}_3x3_reduce", width, triple[0], 1)
-            self.add(f"{name}_3x3", *triple, 3, stride)
-            self.add(f"{name}_double_3x3_reduce", width, double[0], 1)
-            self.add(f"{name}_double_3x3_1", *double, 3)
-            self.add(f"{name}_double_3x3_2", double[1], double[1], 3, stride)
-            if projection:
-                self.add(f"{name}_pool_proj", width, projection, 1)
-
-    def add(self, name, width, out, kernel, stride=1):
-        self.add_module(name, conv(width, out, kernel, stride))
-        self.add_module(f"{name}_bn", nn.BatchNorm2d(out))
-
-    def branch(self, x, *names):
-        for name in names:
-            x = F.relu(self.get_submodule(f"{name}_bn")(self.get_submodule(name)(x)))
-        return x
-
-    def block(self, x, block):
-        _, single, _, _, pool, projection = BLOCKS[block]
-        name = f"inception_{block}"
-        stride, padding = (1, 1) if single else (2, 0)
-        pool2d = F.avg_pool2d if pool == "avg" else F.max_pool2d
-        pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
-        branches = [self.branch(x, f"{name}_1x1")] if single else []
-        branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
-        double = f"{name}_double_3x3"
-        branches.append(self.branch(x, f"{double}_reduce", f"{double}_1", f"{double}_2"))
-        branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
-        return torch.cat(branches, dim=1)
+        # PyTorch does not look into lists, so the modules have only the flat names of unit().
+        self.stem = [
+            unit(self, "conv1_7x7_s2", 3, 64, 7, stride=2),  # (B, 64, 114, 114) at 227 px
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            unit(self, "conv2_3x3_reduce", 64, 64, 1),
+            unit(self, "conv2_3x3", 64, 192, 3),
+            nn.MaxPool2d(3, 2, ceil_mode=True)]  # (B, 192, 28, 28)
+        self.blocks = [block(self, f"inception_{name}", *row) for name, row in BLOCKS.items()]
 
     def forward(self, x):
-        x = self.branch(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
-        x = self.branch(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
-        x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # (B, 192, 28, 28)
-        for block in BLOCKS:
-            x = self.block(x, block)
+        for layer in self.stem:
+            x = layer(x)
+        for branches in self.blocks:
+            x = torch.cat([branch(x) for branch in branches], dim=1)
         return x.mean(dim=(2, 3))  # (B, 1024, 7, 7) -> (B, 1024)
 
 
