@@ -265,31 +265,16 @@ RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding) and L2 norm (Section 4): (B, 3, S, S) normalised ->
     (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
-    for an unknown backbone, a failed download, or an output that is not (B, features)."""
+    for a backbone that is unknown or does not give (B, features)."""
 
     def __init__(self, backbone, weights, size, embedding=EMBEDDING):
         super().__init__()
-        try:
-            self.backbone = build_backbone(backbone, weights)
-        except URLError as error:
-            raise UserError(f"--backbone {backbone}: the download failed ({error}); try again, or "
-                            "give a file that you have with --weights FILE") from error
-        order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
+        self.backbone = build_backbone(backbone, weights)
+        order, mean, std = input_scaling(backbone, self.backbone)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        owner = getattr(self.backbone, "function", self.backbone)
-        for name, value in (("mean", torch.tensor(mean)), ("std", torch.tensor(std))):
-            if ":" in backbone and hasattr(owner, name):
-                value = 255 * torch.as_tensor(getattr(owner, name)).detach().float()
-                if value.max() > 255:
-                    raise UserError(f"--backbone {backbone}: {name} exceeds 1; divide it by 255")
-            self.register_buffer(name, value.reshape(3, 1, 1), persistent=False)
-        with torch.no_grad():
-            output = self.eval().backbone(torch.zeros(2, 3, size, size))
-        if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-            raise UserError(f"--backbone {backbone}: its output for 2 images is "
-                            f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
-                            "(images, features)")
-        self.features = output.shape[1]
+        self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
+        self.features = count_features(backbone, self.backbone.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
@@ -982,39 +967,84 @@ def loader(batches, args, items=None):
 # ---- 12. Other networks --------------------------------------------------------------------------
 
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
 def build_backbone(name, weights):
-    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
-    none (random) or a file with a state dict. Raises UserError for unknown names."""
-    if name == "bninception":
-        network = BNInception()
-    elif name == "smallconv" and weights != "imagenet":
-        network = smallconv()
-    elif ":" in name:  # FOLDER:NAME calls NAME() of the hubconf.py in FOLDER
-        folder, _, entry = name.rpartition(":")
-        network = torch.hub.load(folder, entry, source="local")
-        network = network if isinstance(network, nn.Module) else Function(network)
-        for module in network.modules():
-            if weights == "none" and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        pretrained = "DEFAULT" if weights == "imagenet" else None
-        network = torchvision.models.get_model(name, weights=pretrained)
-    else:
-        raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
-                        "give bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
-    state = {}
-    if weights not in ("imagenet", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    elif (name, weights) == ("bninception", "imagenet"):
-        state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-    if state:  # the public BN-Inception also has an ImageNet classifier, which we skip
-        skipped = ("last_linear.weight", "last_linear.bias") if name == "bninception" else ()
-        network.load_state_dict({k: v for k, v in state.items() if k not in skipped})
-    if name in torchvision.models.list_models(module=torchvision.models):
+    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
+    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    try:
+        network = build_network(name, weights)
+    except URLError as error:
+        raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
+                        "file that you have with --weights FILE") from error
+    if weights not in ("imagenet", "own", "none"):
+        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    if name in TORCHVISION:
         remove_classifier(network)
     return network
+
+
+def build_network(name, weights):
+    """The network of this name, with ImageNet weights, with its own, or else with random ones."""
+    if ":" in name and weights != "imagenet":
+        return load_hub(name, weights)
+    if name == "smallconv" and weights != "imagenet":
+        return smallconv()
+    if name == "bninception":
+        network = BNInception()
+        if weights == "imagenet":
+            state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
+            load_weights(network, state)
+        return network
+    if name in TORCHVISION:
+        pretrained = "DEFAULT" if weights == "imagenet" else None
+        return torchvision.models.get_model(name, weights=pretrained)
+    raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
+                    "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+
+
+def load_hub(name, weights):
+    """What NAME() in the hubconf.py of FOLDER returns, for the name FOLDER:NAME."""
+    folder, _, entry = name.rpartition(":")
+    network = torch.hub.load(folder, entry, source="local")
+    network = network if isinstance(network, nn.Module) else Function(network)
+    for module in network.modules():
+        if weights == "none" and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network
+
+
+def load_weights(network, state):
+    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
+    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
+    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+
+
+def input_scaling(name, network):
+    """The network input: the order of the channels, and the mean and standard deviation of pixels
+    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    if name == "bninception":
+        return BGR_CAFFE
+    order, *scaling = RGB_IMAGENET
+    owner = getattr(network, "function", network)
+    for i, attribute in enumerate(("mean", "std")):
+        if ":" in name and hasattr(owner, attribute):
+            scaling[i] = 255 * torch.as_tensor(getattr(owner, attribute)).detach().float()
+            if scaling[i].max() > 255:
+                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
+    return order, *scaling
+
+
+@torch.no_grad()
+def count_features(name, network, size):
+    """The number of features of a network. Raises UserError if it does not give (B, features)."""
+    output = network(torch.zeros(2, 3, size, size))
+    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
+        raise UserError(f"--backbone {name}: its output for 2 images is "
+                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+                        "(images, features)")
+    return output.shape[1]
 
 
 class Function(nn.Module):
@@ -1294,7 +1324,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate of the network" + default)
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
         "which calls NAME() in FOLDER/hubconf.py" + default)
-    add("--weights", help="imagenet, none (random) or FILE" + default)
+    add("--weights", help="imagenet, own (of FOLDER:NAME), none (random) or FILE" + default)
     add("--embedding", type=int, default=EMBEDDING, help="size; 0: no linear layer" + default)
     add("--image-size", type=int, help="side of the crops in px" + default)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps" + default)
@@ -1311,7 +1341,7 @@ def parse_args(argv=None):
         backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
         select="replaced" if known.bgaugment else "clean")
     if ":" in known.backbone:
-        parser.set_defaults(weights="imagenet")
+        parser.set_defaults(weights="own")
     args = parser.parse_args(argv)
     if not (known.backgrounds or args.bgaugment or args.dataset in SPLITS
             or Path(args.backgrounds).is_dir()):

@@ -257,6 +257,12 @@ def test_weights_none_makes_them_random(root, untrained):
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
+def test_its_own_weights_are_not_imagenet(root, untrained, failure):
+    assert result(untrained)["args"]["weights"] == "own"
+    line = failure(command(root, f"{UNTRAINED} --weights imagenet", "failed"))
+    assert f"--backbone {root}/mine:net: " in line and "--weights imagenet" in line and not (root / "failed").exists()
+
+
 def test_weights_of_a_file(root, tmp_path):
     state = network_itself().state_dict()
     state["0.weight"] = torch.linspace(-1, 1, state["0.weight"].numel()).view_as(state["0.weight"])
