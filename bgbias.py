@@ -1008,7 +1008,9 @@ def load_hub(name, weights):
     """What NAME() in the hubconf.py of FOLDER returns, for the name FOLDER:NAME."""
     folder, _, entry = name.rpartition(":")
     network = torch.hub.load(folder, entry, source="local")
-    network = network if isinstance(network, nn.Module) else Function(network)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
+                        "in a torch.nn.Module (README, Your own model)")
     for module in network.modules():
         if weights == "none" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -1027,10 +1029,9 @@ def input_scaling(name, network):
     if name == "bninception":
         return BGR_CAFFE
     order, *scaling = RGB_IMAGENET
-    owner = getattr(network, "function", network)
     for i, attribute in enumerate(("mean", "std")):
-        if ":" in name and hasattr(owner, attribute):
-            scaling[i] = 255 * torch.as_tensor(getattr(owner, attribute)).detach().float()
+        if ":" in name and hasattr(network, attribute):
+            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
             if scaling[i].max() > 255:
                 raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
     return order, *scaling
@@ -1047,15 +1048,23 @@ def count_features(name, network, size):
     return output.shape[1]
 
 
-class Function(nn.Module):
-    """Wraps a function (B, 3, S, S) float32 on the CPU -> (B, features), a tensor or an array."""
+def has_gradient(network, size):
+    """Whether PyTorch can differentiate an Embedder's features with respect to its input."""
+    images = torch.zeros(1, 3, size, size, device=network.mean.device, requires_grad=True)
+    try:
+        return network.backbone(images.clone()).requires_grad
+    except RuntimeError:  # numpy() refuses a tensor that requires a gradient
+        return False
 
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
 
-    def forward(self, x):
-        return torch.as_tensor(self.function(x.detach().cpu().contiguous()), device=x.device)
+def check_trainable(args, network):
+    """Raises UserError if an Embedder can be measured, but not trained."""
+    if not has_gradient(network, args.image_size):
+        raise UserError(f"--backbone {args.backbone}: its features have no gradient, so it cannot "
+                        "be trained; add --epochs 0")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
+                        "--embedding 0 to train a linear layer on top")
 
 
 def remove_classifier(network):
@@ -1425,8 +1434,8 @@ def main(argv=None):
     # A resumed run loads its weights from last.pt, so we need no download.
     state = State(args, len(np.unique(splits["train"].labels)), "none" if resumed else args.weights)
     network = state.network
-    if args.epochs and isinstance(network.backbone, Function):
-        raise UserError(f"--backbone {args.backbone}: a function is not trainable; add --epochs 0")
+    if args.epochs:
+        check_trainable(args, network)
     if resumed:
         state.load(run / "last.pt")
     else:
