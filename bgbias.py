@@ -263,17 +263,17 @@ def make_sampler(labels, loss, batch_size):
 # ---- 4. Network ----------------------------------------------------------------------------------
 
 # A block without a 1x1 branch has stride 2.
-BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, out), pool, projection
-    "3a": (192, 64, (64, 64), (64, 96), "avg", 32),
-    "3b": (256, 64, (64, 96), (64, 96), "avg", 64),
-    "3c": (320, None, (128, 160), (64, 96), "max", None),
-    "4a": (576, 224, (64, 96), (96, 128), "avg", 128),
-    "4b": (576, 192, (96, 128), (96, 128), "avg", 128),
-    "4c": (576, 160, (128, 160), (128, 160), "avg", 128),
-    "4d": (608, 96, (128, 192), (160, 192), "avg", 128),
-    "4e": (608, None, (128, 192), (192, 256), "max", None),
-    "5a": (1056, 352, (192, 320), (160, 224), "avg", 128),
-    "5b": (1024, 352, (192, 320), (192, 224), "max", 128),
+BLOCKS = {  # in, 1x1, 3x3 (reduce, out), double 3x3 (reduce, 1, 2), pool, projection
+    "3a": (192, 64, (64, 64), (64, 96, 96), nn.AvgPool2d, 32),
+    "3b": (256, 64, (64, 96), (64, 96, 96), nn.AvgPool2d, 64),
+    "3c": (320, None, (128, 160), (64, 96, 96), nn.MaxPool2d, None),
+    "4a": (576, 224, (64, 96), (96, 128, 128), nn.AvgPool2d, 128),
+    "4b": (576, 192, (96, 128), (96, 128, 128), nn.AvgPool2d, 128),
+    "4c": (576, 160, (128, 160), (128, 160, 160), nn.AvgPool2d, 128),
+    "4d": (608, 96, (128, 192), (160, 192, 192), nn.AvgPool2d, 128),
+    "4e": (608, None, (128, 192), (192, 256, 256), nn.MaxPool2d, None),
+    "5a": (1056, 352, (192, 320), (160, 224, 224), nn.AvgPool2d, 128),
+    "5b": (1024, 352, (192, 320), (192, 224, 224), nn.MaxPool2d, 128),
 }
 
 
@@ -284,55 +284,55 @@ def conv(width, out, kernel, stride=1):
     return layer
 
 
+def unit(network, name, width, out, kernel, stride=1):
+    """Convolution, BatchNorm and ReLU. The network registers the first two as NAME and NAME_bn."""
+    layer = conv(width, out, kernel, stride)
+    norm = nn.BatchNorm2d(out)
+    network.add_module(name, layer)
+    network.add_module(f"{name}_bn", norm)
+    return nn.Sequential(layer, norm, nn.ReLU())
+
+
+def block(network, name, width, single, triple, double, pool, projection):
+    """The branches of a block, whose outputs are concatenated; see BLOCKS. `triple` and `double`
+    hold the output channels of each convolution of their branch."""
+    stride, padding = (1, 1) if single else (2, 0)
+    branches = []
+    if single:
+        branches.append(unit(network, f"{name}_1x1", width, single, 1))
+    branches.append(nn.Sequential(
+        unit(network, f"{name}_3x3_reduce", width, triple[0], 1),
+        unit(network, f"{name}_3x3", triple[0], triple[1], 3, stride)))
+    branches.append(nn.Sequential(
+        unit(network, f"{name}_double_3x3_reduce", width, double[0], 1),
+        unit(network, f"{name}_double_3x3_1", double[0], double[1], 3),
+        unit(network, f"{name}_double_3x3_2", double[1], double[2], 3, stride)))
+    branches.append(nn.Sequential(pool(3, stride, padding, ceil_mode=True)))
+    if projection:
+        branches[-1].append(unit(network, f"{name}_pool_proj", width, projection, 1))
+    return branches
+
+
 class BNInception(nn.Module):
     """BN-Inception (Ioffe & Szegedy 2015): (B, 3, H, W) BGR, mean-subtracted -> (B, 1024).
     Its parameters are named as in the public checkpoint bn_inception-52deb4733.pth."""
 
     def __init__(self):
         super().__init__()
-        self.add("conv1_7x7_s2", 3, 64, 7, stride=2)
-        self.add("conv2_3x3_reduce", 64, 64, 1)
-        self.add("conv2_3x3", 64, 192, 3)
-        for block, (width, single, triple, double, _, projection) in BLOCKS.items():
-            name, stride = f"inception_{block}", 1 if single else 2
-            if single:
-                self.add(f"{name}_1x1", width, single, 1)
-            self.add(f"{name}_3x3_reduce", width, triple[0], 1)
-            self.add(f"{name}_3x3", *triple, 3, stride)
-            self.add(f"{name}_double_3x3_reduce", width, double[0], 1)
-            self.add(f"{name}_double_3x3_1", *double, 3)
-            self.add(f"{name}_double_3x3_2", double[1], double[1], 3, stride)
-            if projection:
-                self.add(f"{name}_pool_proj", width, projection, 1)
-
-    def add(self, name, width, out, kernel, stride=1):
-        self.add_module(name, conv(width, out, kernel, stride))
-        self.add_module(f"{name}_bn", nn.BatchNorm2d(out))
-
-    def branch(self, x, *names):
-        for name in names:
-            x = F.relu(self.get_submodule(f"{name}_bn")(self.get_submodule(name)(x)))
-        return x
-
-    def block(self, x, block):
-        _, single, _, _, pool, projection = BLOCKS[block]
-        name = f"inception_{block}"
-        stride, padding = (1, 1) if single else (2, 0)
-        pool2d = F.avg_pool2d if pool == "avg" else F.max_pool2d
-        pooled = pool2d(x, 3, stride, padding, ceil_mode=True)
-        branches = [self.branch(x, f"{name}_1x1")] if single else []
-        branches.append(self.branch(x, f"{name}_3x3_reduce", f"{name}_3x3"))
-        double = f"{name}_double_3x3"
-        branches.append(self.branch(x, f"{double}_reduce", f"{double}_1", f"{double}_2"))
-        branches.append(self.branch(pooled, f"{name}_pool_proj") if projection else pooled)
-        return torch.cat(branches, dim=1)
+        # PyTorch does not look into lists, so the modules have only the flat names of unit().
+        self.stem = [
+            unit(self, "conv1_7x7_s2", 3, 64, 7, stride=2),  # (B, 64, 114, 114) at 227 px
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            unit(self, "conv2_3x3_reduce", 64, 64, 1),
+            unit(self, "conv2_3x3", 64, 192, 3),
+            nn.MaxPool2d(3, 2, ceil_mode=True)]  # (B, 192, 28, 28)
+        self.blocks = [block(self, f"inception_{name}", *row) for name, row in BLOCKS.items()]
 
     def forward(self, x):
-        x = self.branch(x, "conv1_7x7_s2")  # (B, 64, 114, 114) at 227 px
-        x = self.branch(F.max_pool2d(x, 3, 2, ceil_mode=True), "conv2_3x3_reduce", "conv2_3x3")
-        x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # (B, 192, 28, 28)
-        for block in BLOCKS:
-            x = self.block(x, block)
+        for layer in self.stem:
+            x = layer(x)
+        for branches in self.blocks:
+            x = torch.cat([branch(x) for branch in branches], dim=1)
         return x.mean(dim=(2, 3))  # (B, 1024, 7, 7) -> (B, 1024)
 
 
@@ -344,31 +344,16 @@ RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 class Embedder(nn.Module):
     """Backbone, Linear(features, embedding) and L2 norm (Section 4): (B, 3, S, S) normalised ->
     (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
-    for an unknown backbone, a failed download, or an output that is not (B, features)."""
+    for a backbone that is unknown or does not give (B, features)."""
 
     def __init__(self, backbone, weights, size, embedding=EMBEDDING):
         super().__init__()
-        try:
-            self.backbone = build_backbone(backbone, weights)
-        except URLError as error:
-            raise UserError(f"--backbone {backbone}: the download failed ({error}); try again, or "
-                            "give a file that you have with --weights FILE") from error
-        order, mean, std = BGR_CAFFE if backbone == "bninception" else RGB_IMAGENET
+        self.backbone = build_backbone(backbone, weights)
+        order, mean, std = input_scaling(backbone, self.backbone)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        owner = getattr(self.backbone, "function", self.backbone)
-        for name, value in (("mean", torch.tensor(mean)), ("std", torch.tensor(std))):
-            if ":" in backbone and hasattr(owner, name):
-                value = 255 * torch.as_tensor(getattr(owner, name)).detach().float()
-                if value.max() > 255:
-                    raise UserError(f"--backbone {backbone}: {name} exceeds 1; divide it by 255")
-            self.register_buffer(name, value.reshape(3, 1, 1), persistent=False)
-        with torch.no_grad():
-            output = self.eval().backbone(torch.zeros(2, 3, size, size))
-        if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-            raise UserError(f"--backbone {backbone}: its output for 2 images is "
-                            f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
-                            "(images, features)")
-        self.features = output.shape[1]
+        self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
+        self.features = count_features(backbone, self.backbone.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
@@ -1354,50 +1339,104 @@ def to_device(batch, device):
 # ---- 12. Other networks --------------------------------------------------------------------------
 
 BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
 def build_backbone(name, weights):
-    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet,
-    none (random) or a file with a state dict. Raises UserError for unknown names."""
-    if name == "bninception":
-        network = BNInception()
-    elif name == "smallconv" and weights != "imagenet":
-        network = smallconv()
-    elif ":" in name:  # FOLDER:NAME calls NAME() of the hubconf.py in FOLDER
-        folder, _, entry = name.rpartition(":")
-        network = torch.hub.load(folder, entry, source="local")
-        network = network if isinstance(network, nn.Module) else Function(network)
-        for module in network.modules():
-            if weights == "none" and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        pretrained = "DEFAULT" if weights == "imagenet" else None
-        network = torchvision.models.get_model(name, weights=pretrained)
-    else:
-        raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; "
-                        "give bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
-    state = {}
-    if weights not in ("imagenet", "none"):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    elif (name, weights) == ("bninception", "imagenet"):
-        state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-    if state:  # the public BN-Inception also has an ImageNet classifier, which we skip
-        skipped = ("last_linear.weight", "last_linear.bias") if name == "bninception" else ()
-        network.load_state_dict({k: v for k, v in state.items() if k not in skipped})
-    if name in torchvision.models.list_models(module=torchvision.models):
+    """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
+    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    try:
+        network = build_network(name, weights)
+    except URLError as error:
+        raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
+                        "file that you have with --weights FILE") from error
+    if weights not in ("imagenet", "own", "none"):
+        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    if name in TORCHVISION:
         remove_classifier(network)
     return network
 
 
-class Function(nn.Module):
-    """Wraps a function (B, 3, S, S) float32 on the CPU -> (B, features), a tensor or an array."""
+def build_network(name, weights):
+    """The network of this name, with ImageNet weights, with its own, or else with random ones."""
+    if ":" in name and weights != "imagenet":
+        return load_hub(name, weights)
+    if name == "smallconv" and weights != "imagenet":
+        return smallconv()
+    if name == "bninception":
+        network = BNInception()
+        if weights == "imagenet":
+            state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
+            load_weights(network, state)
+        return network
+    if name in TORCHVISION:
+        pretrained = "DEFAULT" if weights == "imagenet" else None
+        return torchvision.models.get_model(name, weights=pretrained)
+    raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
+                    "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
 
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
 
-    def forward(self, x):
-        return torch.as_tensor(self.function(x.detach().cpu().contiguous()), device=x.device)
+def load_hub(name, weights):
+    """What NAME() in the hubconf.py of FOLDER returns, for the name FOLDER:NAME."""
+    folder, _, entry = name.rpartition(":")
+    network = torch.hub.load(folder, entry, source="local")
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
+                        "in a torch.nn.Module (README, Your own model)")
+    for module in network.modules():
+        if weights == "none" and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network
+
+
+def load_weights(network, state):
+    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
+    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
+    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+
+
+def input_scaling(name, network):
+    """The network input: the order of the channels, and the mean and standard deviation of pixels
+    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    if name == "bninception":
+        return BGR_CAFFE
+    order, *scaling = RGB_IMAGENET
+    for i, attribute in enumerate(("mean", "std")):
+        if ":" in name and hasattr(network, attribute):
+            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
+            if scaling[i].max() > 255:
+                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
+    return order, *scaling
+
+
+@torch.no_grad()
+def count_features(name, network, size):
+    """The number of features of a network. Raises UserError if it does not give (B, features)."""
+    output = network(torch.zeros(2, 3, size, size))
+    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
+        raise UserError(f"--backbone {name}: its output for 2 images is "
+                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+                        "(images, features)")
+    return output.shape[1]
+
+
+def has_gradient(network, size):
+    """Whether PyTorch can differentiate an Embedder's features with respect to its input."""
+    images = torch.zeros(1, 3, size, size, device=network.mean.device, requires_grad=True)
+    try:
+        return network.backbone(images.clone()).requires_grad
+    except RuntimeError:  # numpy() refuses a tensor that requires a gradient
+        return False
+
+
+def check_trainable(args, network):
+    """Raises UserError if an Embedder can be measured, but not trained."""
+    if not has_gradient(network, args.image_size):
+        raise UserError(f"--backbone {args.backbone}: its features have no gradient, so it cannot "
+                        "be trained; add --epochs 0")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
+                        "--embedding 0 to train a linear layer on top")
 
 
 def remove_classifier(network):
@@ -1853,7 +1892,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
     add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
         f"which calls NAME() in FOLDER/hubconf.py [{DEFAULTS['backbone']}]")
-    add("--weights", help="imagenet, none (random) or FILE [imagenet]")
+    add("--weights", help="imagenet, own (of FOLDER:NAME), none (random) or FILE [imagenet]")
     add("--embedding", type=int, help="size; 0: no linear layer [128]")
     add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -1892,7 +1931,7 @@ def default_settings(args):
         "backgrounds": pool and str(pool), "epochs": defaults["epochs"],
         "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
         "lr": defaults["lr"], "backbone": defaults["backbone"],
-        "weights": "imagenet" if ":" in backbone else defaults["weights"],
+        "weights": "own" if ":" in backbone else defaults["weights"],
         "embedding": EMBEDDING, "image_size": defaults["image_size"], "select": select}
 
 
@@ -1970,7 +2009,7 @@ def network_checksum(args):
     """The checksum of the files that a network is made of: its weights file, or the folder of its
     hubconf.py. None if there is no such file."""
     files = []
-    if args.weights not in ("imagenet", "none"):
+    if args.weights not in ("imagenet", "own", "none"):
         files.append(Path(args.weights))
     if ":" in args.backbone:
         folder = Path(args.backbone.rpartition(":")[0])
@@ -2060,6 +2099,8 @@ def main(argv=None):
     # 4. The network. A resumed run loads its weights from last.pt, so it needs no download.
     weights = "none" if resumed else args.weights
     state = State(args, len(np.unique(splits["train"].labels)), weights)
+    if not args.measure:
+        check_trainable(args, state.network)
     if resumed:
         state.load(run / "last.pt")
     else:

@@ -122,8 +122,8 @@ def photos_of(run, rows, draws=None):
 def attention_maps(run, rows, network):
     """Yields (photo (4, S, S) uint8, attention (S, S)) of the test images `rows`, on the CPU."""
     args, size = run.args, run.args.image_size
-    if isinstance(network.backbone, bgbias.Function):
-        raise UserError(f"{run.folder}: a function has no gradients; give another run")
+    if not bgbias.has_gradient(network, size):
+        raise UserError(f"{run.folder}: its features have no gradient; give another run")
     with torch.no_grad():
         black = network(network.normalise(torch.zeros(1, 3, size, size, device=args.device)))
     pixels = BATCH_PIXELS["cpu" if args.device == "cpu" else "gpu"]
@@ -156,8 +156,8 @@ def score_run(run, limit=None):
             values = np.stack([saved["score"], saved["a"], saved["p"]], axis=1)
             return dict(zip(images, values.tolist()))
     rows, network, scores = sorted(shuffled(run)[:limit]), network_of(run), {}
-    if isinstance(network.backbone, bgbias.Function):
-        print(f"{run.folder}: has no attention score, because a function has no gradients")
+    if not bgbias.has_gradient(network, run.args.image_size):
+        print(f"{run.folder}: has no attention score, because its features have no gradient")
         return scores
     maps = tqdm(attention_maps(run, rows, network), str(run.folder), len(rows), disable=None)
     for row, (photo, attention) in zip(rows, maps):
@@ -442,7 +442,7 @@ def main(argv=None):
     if args.figure:
         draw_attention(pairs[0], args.images, args.figure)
     if args.sanity:
-        rows = [{"": run.folder.name, **check_run(run)} for run in runs]
+        rows = [{"": run.folder.name, **check_run(run)} for run in runs if scores[run.folder]]
         print(f"\n{bgbias.as_table(rows)}")
 
 

@@ -1,4 +1,4 @@
-"""Networks and functions of the user's own, as --backbone FOLDER:NAME of torch.hub: tested without training
+"""Networks of the user's own, as --backbone FOLDER:NAME of torch.hub: tested without training
 and trained, against what the tests compute from the network itself."""
 
 import re
@@ -180,40 +180,47 @@ def test_error_mean_or_std_above_1(root, tmp_path, failure, name, value):
     assert f"--backbone {tmp_path}/odd:told" in line and {"M": "mean", "S": "std"}[name] in line
 
 
-# ---- Functions -----------------------------------------------------------------------------------
+# ---- Without gradients ---------------------------------------------------------------------------
 
 
-FUNCTIONS = f"M, S = {OWN_SCALING}" + """
+# The same features from NumPy, as from an ONNX session, and from a network.
+NUMPY = f"M, S = {OWN_SCALING}" + """
 from pathlib import Path
 import numpy as np, torch
-folder = Path(__file__).parent
-W = np.load(folder / "w.npy")
-def plain():  # as an ONNX session, it takes a contiguous array and returns one
-    return lambda x: np.float32(np.require(x.numpy(), np.float32, "C").reshape(len(x), -1) @ W)
-def with_scaling():
-    function = plain()
-    function.mean, function.std = M, S
-    return function
+W = np.load(Path(__file__).with_name("w.npy"))
+def function():
+    return lambda images: np.require(images, np.float32, "C").reshape(len(images), -1) @ W
+class Plain(torch.nn.Module):
+    def forward(self, images):
+        features = function()(images.detach().cpu().numpy())
+        return torch.from_numpy(features).to(images.device)
+class WithScaling(Plain):
+    mean, std = M, S
+class NotDetached(torch.nn.Module):
+    def forward(self, images):
+        return torch.from_numpy(function()(images.numpy()))
 def module():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(len(W), W.shape[1], bias=False))
     network[1].weight.data = torch.from_numpy(W.T.copy())
     return network
+def frozen():
+    return module().requires_grad_(False)
 """
 
 
 @pytest.fixture(scope="module")
-def functions(root):
-    """(folder with two functions and a network that multiply their input by `weight`, `weight`)"""
+def in_numpy(root):
+    """(the folder of NUMPY, the weight by which its networks multiply their input)"""
     weight = np.random.default_rng(5).normal(size=(3 * SIZE**2, 10)).astype(np.float32)
-    write_hubconf(root / "functions", FUNCTIONS)
-    np.save(root / "functions/w.npy", weight)
-    return root / "functions", weight
+    write_hubconf(root / "numpy", NUMPY)
+    np.save(root / "numpy/w.npy", weight)
+    return root / "numpy", weight
 
 
-@pytest.mark.parametrize("name", ["plain", "with_scaling"])
-def test_a_function_is_tested_like_a_network(root, functions, capsys, name):
-    folder, weight = functions
-    scaling = OWN_SCALING if name == "with_scaling" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+@pytest.mark.parametrize("name", ["Plain", "WithScaling", "NotDetached"])
+def test_a_network_without_gradients_is_measured(root, in_numpy, capsys, name):
+    folder, weight = in_numpy
+    scaling = OWN_SCALING if name == "WithScaling" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     run = finish(root, f"{UNTRAINED} --backbone {folder}:{name}")
     first, = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run}: ")]
     assert "10 features, 0 trainable parameters" in first
@@ -224,20 +231,42 @@ def test_a_function_is_tested_like_a_network(root, functions, capsys, name):
         expected = slow_map_at_r(scaled(x, *scaling).flatten(1).double() @ torch.from_numpy(weight).double(), labels)
         assert result(run)["test"][condition][0]["map@r"] == pytest.approx(expected, abs=1e-9)
     module = finish(root, f"{UNTRAINED} --backbone {folder}:module")
-    assert (result(module)["test"] == result(run)["test"]) == (name != "with_scaling")
+    assert (result(module)["test"] == result(run)["test"]) == (name != "WithScaling")
 
 
-def test_a_function_can_neither_be_trained_nor_scored(root, functions, failure, capsys):
-    folder = functions[0]
-    line = failure(command(root, f"--epochs 1 --backbone {folder}:plain", "failed"))
-    assert f"--backbone {folder}:plain" in line and "--epochs 0" in line and not (root / "failed").exists()
-    run, other = (finish(root, f"{UNTRAINED} --backbone {folder}:{name}") for name in ("plain", "module"))
+@pytest.mark.parametrize("flags, words", [
+    ("Plain", ["no gradient", "--epochs 0"]), ("NotDetached", ["no gradient", "--epochs 0"]),
+    ("Plain --embedding 0", ["no gradient", "--epochs 0"]), ("frozen --embedding 0", ["leave out --embedding 0"])])
+def test_error_not_trainable(root, in_numpy, failure, flags, words):
+    line = failure(command(root, f"--epochs 1 --backbone {in_numpy[0]}:{flags}", "failed"))
+    assert f"--backbone {in_numpy[0]}:{flags.split()[0]}: " in line and all(word in line for word in words)
+    assert not (root / "failed").exists()
+
+
+def test_a_linear_layer_is_trained_on_a_frozen_network(root, in_numpy):
+    state = weights(finish(root, f"--epochs 1 --embedding 4 --lr 0.1 --backbone {in_numpy[0]}:frozen"))
+    torch.manual_seed(bgbias.seed_of(42, bgbias.INIT))
+    before = bgbias.Embedder(f"{in_numpy[0]}:frozen", "own", SIZE, 4).state_dict()
+    assert torch.equal(state["backbone.1.weight"], before["backbone.1.weight"])
+    assert not torch.equal(state["head.weight"], before["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["Plain", "NotDetached"])
+def test_no_attention_score_without_gradients(root, in_numpy, failure, capsys, name):
+    run, other = (finish(root, f"{UNTRAINED} --backbone {in_numpy[0]}:{name}") for name in (name, "module"))
     capsys.readouterr()
-    eval_attention.main([str(run), str(other), "--device", "cpu"])
+    eval_attention.main([str(run), str(other), "--device", "cpu", "--sanity"])
     note, *table = capsys.readouterr().out.splitlines()
     assert str(run) in note and [line.split("|")[2].strip() for line in table[2:4]] == ["0", "66"]
+    assert [line.split("|")[1].strip() for line in table[7:]] == [other.name]  # the table of --sanity
     assert not (run / "attention.npz").exists() and (other / "attention.npz").exists()
     assert str(run) in failure([run, "--figure", root / "a.png", "--device", "cpu"], main=eval_attention.main)
+
+
+def test_error_a_function_is_no_network(root, in_numpy, failure):
+    line = failure(command(root, f"{UNTRAINED} --backbone {in_numpy[0]}:function", "failed"))
+    assert f"--backbone {in_numpy[0]}:function: function() returns a function" in line and "torch.nn.Module" in line
+    assert not (root / "failed").exists()
 
 
 # ---- Its weights ---------------------------------------------------------------------------------
@@ -255,6 +284,12 @@ def test_weights_none_makes_them_random(root, untrained):
     weight = runs[0]["backbone.0.weight"]
     assert weight.abs().max() < bound
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_its_own_weights_are_not_imagenet(root, untrained, failure):
+    assert result(untrained)["args"]["weights"] == "own"
+    line = failure(command(root, f"{UNTRAINED} --weights imagenet", "failed"))
+    assert f"--backbone {root}/mine:net: " in line and "--weights imagenet" in line and not (root / "failed").exists()
 
 
 def test_weights_of_a_file(root, tmp_path):

@@ -1,7 +1,9 @@
 """BN-Inception against the paper's table and a second forward pass; checkpoints; torchvision."""
 
+import copy
 import functools
 import hashlib
+import io
 import math
 
 import pytest
@@ -69,6 +71,21 @@ def test_names_and_shapes_of_the_public_checkpoint():
     expected = {k: v.shape for k, v in public_state().items() if "last_linear" not in k}
     assert {k: v.shape for k, v in state.items() if "num_batches" not in k} == expected
     assert {"conv1_7x7_s2.weight", "inception_5b_pool_proj_bn.bias"} < set(state)
+
+
+@torch.no_grad()
+def test_a_copy_has_weights_of_its_own():
+    """The network lists its modules a second time, in the order of the forward pass: a copy, and a network from a file,
+    must list their own modules."""
+    network, file = loaded(), io.BytesIO()
+    x = 60 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    before = network(x)
+    torch.save(network, file)
+    file.seek(0)
+    copies = [copy.deepcopy(network), torch.load(file, weights_only=False)]
+    for parameter in network.parameters():
+        parameter.zero_()
+    assert before.any() and not network(x).any() and all(torch.equal(other(x), before) for other in copies)
 
 
 def naive_forward(state, x):
