@@ -110,7 +110,7 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative pos_margin is correct: nzmean() then averages over all positive pairs.
+        # The negative pos_margin is correct: the mean is then over all positive pairs.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -140,20 +140,6 @@ HPARAMS = {
 
 # ---- 2. Backgrounds ------------------------------------------------------------------------------
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
-
-# The object is removed by blurring the background into its place. The standard deviations of the
-# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
-# S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
-BLURS = (4, 10, 24, 64)
-# A blur counts fully where at least a tenth of what it sees is background. With less, its colour
-# would come from a few distant pixels, so the wider blurs keep their part.
-SEEN_ENOUGH = 0.1
-# A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
-# masks end in a faint margin, which still shows the object.
-FAINT = 0.1
-
-
 def unpack(photos):
     """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
     return photos[:, :3].float(), photos[:, 3:].float() / 255
@@ -165,28 +151,8 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-def remove_object(images, masks):
-    """Fills the object and a margin of S / 64 from the background around it: (B, 3, S, S) in
-    [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
-    where keep is 1 on the background."""
-    margin = max(1, images.shape[-1] // 64)
-    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
-    # The fill is smooth, so half of the resolution is enough.
-    known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
-    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
-    colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
-    fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
-    for divisor in BLURS:
-        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
-        gauss = gauss / gauss.sum(dim=1, keepdim=True)
-        colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
-        trust = (seen / SEEN_ENOUGH).clamp(max=1)
-        fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
-    return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
-
-
-# Which background does a photo get? The next three functions decide it. A photo that gives its
-# background to another one is its lender.
+# Which background does a photo get? draw_background(), draw_lender() and draw_lenders() decide it.
+# A photo that gives its background to another photo is its lender.
 
 
 def draw_background(pool):
@@ -212,10 +178,11 @@ def draw_lenders(groups, seed, draws=DRAWS):
     """The test on backgrounds of other test photos: (N,) groups -> (draws, N) indices. In draw k,
     photo i stands in front of the background of photo lenders[k, i] of its own group.
 
-    The photos of a group form a random cycle, and a draw goes along it in steps of 1, 2, 3, ...
-    So in each draw a photo lends its background exactly once, and never to itself: two photos with
-    the same background would find each other by it. A photo alone in its group keeps its own
-    background. There are fewer draws if the largest group has fewer other photos."""
+    The photos of a group form a random cycle, such as c a d b. In draw 0, each of them borrows from
+    the one before it: a from c, d from a, b from d, c from b; in draw 1 from the second one before
+    it, and so on. So a photo lends its background exactly once in each draw, and never to itself.
+    Two photos with the same background would find each other by it. A photo alone in its group
+    keeps its own background. There are fewer draws if no group has enough photos for all."""
     rng = np.random.default_rng(seed)
     cycles = [rng.permutation(members) for members in split_by_group(groups)]
     largest = max(map(len, cycles))
@@ -226,6 +193,40 @@ def draw_lenders(groups, seed, draws=DRAWS):
             for k in range(draws):
                 lenders[k, cycle] = np.roll(cycle, 1 + k % (len(cycle) - 1))
     return lenders
+
+
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
+
+# The object is removed by blurring the background into its place. The standard deviations of the
+# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
+# S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
+BLURS = (4, 10, 24, 64)
+# A blur counts fully where at least a tenth of what it sees is background. With less, its colour
+# would come from a few distant pixels, so the wider blurs keep their part.
+SEEN_ENOUGH = 0.1
+# A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
+# masks end in a faint margin, which still shows the object.
+FAINT = 0.1
+
+
+def remove_object(images, masks):
+    """Fills the object and a margin of S / 64 from the background around it: (B, 3, S, S) in
+    [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
+    where keep is 1 on the background."""
+    margin = max(1, images.shape[-1] // 64)
+    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
+    # The fill is smooth, so half of the resolution is enough.
+    known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
+    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
+    colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
+    fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
+    for divisor in BLURS:
+        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
+        gauss = gauss / gauss.sum(dim=1, keepdim=True)
+        colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
+        trust = (seen / SEEN_ENOUGH).clamp(max=1)
+        fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
+    return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
 
 
 # ---- 3. Sampler ----------------------------------------------------------------------------------
@@ -908,14 +909,14 @@ def list_photos(folder):
 
 
 def list_backgrounds(args, name):
-    """The sorted photos in --backgrounds/val or /test; [] if it is own. Raises UserError."""
+    """The sorted photos of the pool in --backgrounds/val or /test. Raises UserError."""
     # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
     of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
-    if (not pool and args.backgrounds != "own") or (of_paper and len(pool) != POOL_SIZE):
-        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
-                        "its folders val/ and test/, or give --backgrounds own")
+    if not pool or (of_paper and len(pool) != POOL_SIZE):
+        wanted = f" instead of {POOL_SIZE}" if of_paper else ""
+        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/{wanted}; "
+                        "put background photos into its folders val/ and test/")
     return pool
 
 
@@ -1871,35 +1872,48 @@ def parse_args(argv=None):
     dataset's `name`. Raises UserError."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"Defaults are in brackets. They are the paper's, except for toy: {TOY_DEFAULTS}")
-    add = parser.add_argument
-    add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
-    add("--loss", choices=LOSSES, default="contrastive", help="training loss [contrastive]")
-    add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
-        help="replace backgrounds of training photos: by photos of the pool, the paper's way, or "
-        "(own) by backgrounds of other training photos")
+        epilog=f"""Defaults are in brackets. They are the paper's. The toy set has its own:
+{TOY_DEFAULTS}
+
+commands:
+  python bgbias.py                                   the toy set, a minute
+  python bgbias.py --dataset my_photos --measure     a network as it is, on your own photos
+  python bgbias.py --dataset cars196 --bgaugment     a run of the paper""",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    home = os.path.expanduser  # of a path that begins with ~
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", type=home, default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
+    add("--data", type=home, default="data", help="folder that holds the named datasets [data]")
+    add("--backgrounds", type=lambda path: os.path.normpath(home(path)), help="the pool, a folder "
+        "with val/ and test/ [DATA/unsplash_backgrounds, or FOLDER/backgrounds if it exists]")
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", type=home, help="bninception, smallconv, a torchvision classifier, or "
+        "FOLDER:NAME, which calls NAME() in FOLDER/hubconf.py [bninception]")
+    add("--weights", type=home, help="imagenet, own (of FOLDER:NAME), none (random) or FILE "
+        "[imagenet]")
+    add("--embedding", type=int, help=f"size; 0: no linear layer [{EMBEDDING}]")
+    add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
         "as it is, without training: on the classes that a trained run tests, or on all classes")
-    add("--data", default="data", help="folder that holds the named datasets [data]")
-    add("--backgrounds", help="the pool: a folder with val/ and test/ [DATA/unsplash_backgrounds, "
-        "or FOLDER/backgrounds if it exists]")
-    add("--runs", default="runs", help="folder that holds the run folders [runs]")
-    add("--seed", type=int, default=42, help="seed of all random numbers [42]")
-    add("--epochs", type=int, help=f"largest number of epochs [{DEFAULTS['epochs']}]")
+    add = parser.add_argument_group("training").add_argument
+    add("--loss", choices=LOSSES, default="contrastive", help="[contrastive]")
+    add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
+        help="replace the backgrounds of training photos: by photos of the pool, as the paper "
+        "does, or (own) by backgrounds of other training photos")
+    add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
-    add("--patience", type=int, help="epochs without improvement, then stop [15]")
+    add("--patience", type=int, help="stop after so many epochs without improvement [15]")
     add("--batch-size", type=int, help="photos per batch [32]")
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
-    add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
-        f"which calls NAME() in FOLDER/hubconf.py [{DEFAULTS['backbone']}]")
-    add("--weights", help="imagenet, own (of FOLDER:NAME), none (random) or FILE [imagenet]")
-    add("--embedding", type=int, help="size; 0: no linear layer [128]")
-    add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
+    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
+        "selects the best epoch [clean; replaced with --bgaugment, any_class with own]")
+    add("--seed", type=int, default=42, help="seed of all random numbers [42]")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--runs", type=home, default="runs", help="folder that holds the run folders [runs]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     add("--workers", type=int, help="processes that prepare batches [up to 8 with CUDA, else 0]")
-    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
-        "selects the best epoch [clean, with --bgaugment replaced, with own any_class]")
-    add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
+    add("--report", type=home, metavar="RUNS", help="print all tables of RUNS, and write "
+        "RUNS/report.md")
     args = parser.parse_args(argv)
     defaults = default_settings(args)
     for name, default in defaults.items():
@@ -1965,7 +1979,7 @@ def choose_device(args):
 
 def run_folder(args):
     """RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, or RUNS/<dataset>-measure-s<seed>, then
-    the settings in the parser's order."""
+    the settings that are not default."""
     if args.measure:
         parts = [args.name, "measure_all" if args.measure == "all" else "measure"]
     else:
