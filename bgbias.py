@@ -140,6 +140,7 @@ HPARAMS = {
 
 # ---- 2. Backgrounds ------------------------------------------------------------------------------
 
+
 def unpack(photos):
     """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
     return photos[:, :3].float(), photos[:, 3:].float() / 255
@@ -230,6 +231,7 @@ def remove_object(images, masks):
 
 
 # ---- 3. Sampler ----------------------------------------------------------------------------------
+
 
 class MPerClassSampler:
     """Batches of indices into `labels` (Section 4): batch_size // m distinct classes, m images of
@@ -480,6 +482,7 @@ def hyper_parameters(loss, dataset):
 
 # ---- 6. Metrics ----------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     """The metrics of each query: {"map@r", "r_precision", "recall@K" for K in `ks`: (N,) from 0 to
@@ -615,6 +618,7 @@ def fooled_and_confused(clean, any_class, labels, lenders):
 
 # ---- 7. Training ---------------------------------------------------------------------------------
 
+
 class State:
     """A run's network, class weights (C, D) or None, optimiser, and the results of each epoch. The
     first of them, epoch 0, is the network before the training."""
@@ -737,6 +741,7 @@ def validate(network, validation_batches, items):
 
 # ---- 8. Test -------------------------------------------------------------------------------------
 
+
 def replaced_views(images, masks, batch):
     """Yields (condition, images (B, 3, S, S)) of an EvaluationBatch, whose photos are `images` and
     `masks`: the photos as they are, and on other backgrounds, once for each draw."""
@@ -793,14 +798,18 @@ def run_test(network, test_batches, args):
     for condition, draws in embeddings.items():
         for draw in draws:
             values[condition].append(query_metrics(draw, labels, ks))
-    # In `query`, only the query has another background. A lender would find its own background in
-    # the query, so it leaves the gallery.
+    # In `query`, only the query has another background. A photo that lent this background would be
+    # found by it, so it leaves the gallery.
     for k, draw in enumerate(embeddings[args.reference]):
         lender = lenders[k] if args.reference == "any_class" else None
         values["query"].append(query_metrics(draw, labels, ks, gallery=clean, ignored=lender))
     fooled, confused = fooled_and_confused(clean, embeddings["any_class"], labels, lenders)
+    return (means_of_draws(values, fooled, confused),
+            means_of_photos(values, fooled, confused, args.reference))
 
-    # A draw in which every query is left out has no mean.
+
+def means_of_draws(values, fooled, confused):
+    """The first result of run_test(). A draw in which all queries are left out has no mean."""
     result = {"test": {}}
     for condition, draws in values.items():
         asked = [draw for draw in draws if not draw["map@r"].isnan().all()]
@@ -808,12 +817,20 @@ def run_test(network, test_batches, args):
     for name, shares in (("fooled", fooled), ("confused", confused)):
         means = shares.nanmean(dim=1)
         result[name] = means[~means.isnan()].tolist()
+    return result
 
-    photos = {condition: torch.stack([draw["map@r"] for draw in values[condition]]).nanmean(dim=0)
-              for condition in ("clean", "any_class", "replaced") if condition in values}
-    photos["drop"] = photos["clean"] - photos[args.reference]
-    photos["fooled"], photos["confused"] = fooled.nanmean(dim=0), confused.nanmean(dim=0)
-    return result, {column: 100 * shares for column, shares in photos.items()}
+
+def means_of_photos(values, fooled, confused, reference):
+    """The second result of run_test(): average precisions (MAP@R of one query), the drop in points
+    from clean to the reference condition, and the shares."""
+    photos = {}
+    for condition in ("clean", "any_class", "replaced"):
+        if condition in values:
+            draws = torch.stack([draw["map@r"] for draw in values[condition]])
+            photos[condition] = 100 * draws.nanmean(dim=0)
+    photos["drop"] = photos["clean"] - photos[reference]
+    photos["fooled"], photos["confused"] = (100 * x.nanmean(dim=0) for x in (fooled, confused))
+    return photos
 
 
 # ==================================================================================================
@@ -1836,6 +1853,7 @@ def report(folder, only=None):
 
 
 # ---- 15. Command line ----------------------------------------------------------------------------
+
 
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
