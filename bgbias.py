@@ -1,17 +1,19 @@
 """Does an image retrieval model look at the object or at the background? This script trains a
-model, replaces the backgrounds of its test images, and measures how much accuracy that costs. It
+model, replaces the backgrounds of its test photos, and measures how far retrieval drops. It
 implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
     python bgbias.py                                # toy data, contrastive loss, about a minute
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
-    python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
+    python bgbias.py --dataset my_photos --measure  # no training; my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
-folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
-default. A run writes result.json last. The same command resumes an interrupted run.
+Part I is the paper. Read it from top to bottom. Part II brings photos in and numbers out.
 
-Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
+The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
+folder: RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, followed by every setting that is not
+the default. A run writes result.json last. The same command resumes an interrupted run.
+
+Shapes: B batch, D embedding (128), C classes, N photos, H W pixels, S crop size, K neighbours.
 Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
 Sections in parentheses are the paper's. DIFF marks a difference from the authors' code (README).
 """
@@ -1167,16 +1169,22 @@ class Photos(torch.utils.data.Dataset):
             self.faults[i] = bool(share < EMPTY or share > FULL), bool(inside < 0.5)
         return photo
 
-    def warn(self, split):
-        """Prints a line if five percent of the decoded photos have a mask or a place of the object
-        that makes the results wrong."""
-        unusable, off_centre = np.mean([*self.faults.values()], axis=0)
-        if unusable >= 0.05:
-            print(f"warning: {unusable:.0%} of the {split} photos have a mask that is nearly empty "
-                  "or full; look at it with masks.py --verify --sheet")
-        if off_centre >= 0.05:
-            print(f"warning: in {off_centre:.0%} of the {split} photos, more than half of the "
-                  "object lies outside of the centre crop; crop the photos around the object")
+    def warn_of_masks(self, split):
+        """Prints a line if five percent of the decoded photos have a nearly empty or full mask."""
+        share = self.share_of_faults(0)
+        if share >= 0.05:
+            print(f"warning: {share:.0%} of the {split} photos have a mask that is nearly empty or "
+                  "full; look at the masks with masks.py --verify --sheet")
+
+    def warn_of_crop(self, split):
+        """Prints a line if the centre crop cuts off the objects of five percent of the photos."""
+        share = self.share_of_faults(1)
+        if share >= 0.05:
+            print(f"warning: in {share:.0%} of the {split} photos, more than half of the object "
+                  "lies outside of the centre crop; crop the photos around the object")
+
+    def share_of_faults(self, fault):
+        return sum(faults[fault] for faults in self.faults.values()) / max(1, len(self.faults))
 
 
 def free_memory():
@@ -1285,8 +1293,9 @@ class EvaluationBatches(torch.utils.data.Dataset):
             seed_crops(*self.seed, epoch, index)
             backgrounds.append([random_view(draw_background(self.pool), self.size)
                                 for _ in range(self.draws)])
-        lent = {condition: [self.crops(draw[indices]) for draw in lenders]
-                for condition, lenders in self.lenders(epoch).items()}
+        lent = {}
+        for condition, lenders in self.lenders(epoch).items():
+            lent[condition] = [self.crops(draw[indices]) for draw in lenders]
         return EvaluationBatch(self.crops(indices), self.labels[indices],
                          [torch.stack(draw) for draw in zip(*backgrounds)], lent)
 
@@ -1294,7 +1303,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
 def make_training_batches(args, split, sampler):
     """The TrainingBatches of a Split."""
     photos, pool = Photos(split.images, split.masks, args.image_size), None
-    photos.warn("training")
+    photos.warn_of_masks("training")
     if args.bgaugment == "pool":
         pool = Photos(list_backgrounds(args, "val"), None, args.image_size)
     return TrainingBatches(photos, split.labels, sampler, args.image_size, (args.seed, TRAIN_SEED),
@@ -2156,7 +2165,8 @@ def main(argv=None):
     test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
                                            lent=("same_class", "any_class"))
     if args.measure:
-        test_batches.photos.warn("test")
+        test_batches.photos.warn_of_masks("test")
+        test_batches.photos.warn_of_crop("test")
     result, photos = run_test(state.network, test_batches, args)
     write_photos(run, args, splits["test"], photos)
     result = {**config, "epochs": epochs, "best_epoch": best_epoch, "seconds": seconds,
@@ -2179,7 +2189,8 @@ def check_photos(args, split):
     photos = Photos(split.images, split.masks, args.image_size, keep=False)
     for _ in photos.decode_all("checking"):
         pass
-    photos.warn("test")
+    photos.warn_of_masks("test")
+    photos.warn_of_crop("test")
     if args.backgrounds:
         pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
         for _ in pool.decode_all("checking the pool"):
