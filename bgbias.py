@@ -1451,7 +1451,7 @@ def check_trainable(args, network):
     """Raises UserError if an Embedder can be measured, but not trained."""
     if not has_gradient(network, args.image_size):
         raise UserError(f"--backbone {args.backbone}: its features have no gradient, so it cannot "
-                        "be trained; add --epochs 0")
+                        "be trained; add --measure")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
                         "--embedding 0 to train a linear layer on top")
