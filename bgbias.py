@@ -735,6 +735,7 @@ def train(args, splits, state, run):
 def validate(network, validation_batches, items):
     """{condition: metrics} of clean photos and of one draw of other backgrounds."""
     embedded = embed(network, items, replaced_views)
+    check_finite(embedded, validation_batches.photos)
     return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
             for condition, draws in embedded.items()}
 
@@ -2190,6 +2191,9 @@ def check_finite(embeddings, photos):
     """Raises UserError naming a photo whose embedding is nan or inf."""
     for draws in embeddings.values():
         broken = (~draws.isfinite()).any(dim=2).any(dim=0).nonzero()
+        if len(broken) == len(photos):
+            raise UserError("the network's output is not finite for any photo; train it with a "
+                            "lower --lr, or correct the network")
         if len(broken):
             raise UserError(f"{photos.images[int(broken[0])]}: the network's output for it is not "
                             "finite; correct the network, or leave this photo out")
