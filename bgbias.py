@@ -1744,6 +1744,11 @@ def explain_drop(result):
     return lines
 
 
+def class_name(args, image, label):
+    """The name of a class: its folder's or, where folders are no classes, its number in the lists."""
+    return str(label + 1) if args.dataset in ("cars196", "sop") else image.parent.name
+
+
 def write_photos(run, args, split, photos):
     """Writes photos.csv: the average precision of each query in each condition, in %, its drop in
     points, and how often it is fooled and confused. Queries that drop most come first."""
@@ -1752,13 +1757,11 @@ def write_photos(run, args, split, photos):
     table = []
     for i in np.argsort(-photos["drop"].numpy(), kind="stable"):
         image = split.images[i]
-        label = image.parent.name
-        if args.dataset in ("cars196", "sop"):  # their folders are no classes
-            label = split.labels[i] + 1
         values = [float(photos[column][i]) if column in photos else math.nan for column in columns]
         if not math.isnan(values[0]):  # otherwise the photo has no other one of its class
             texts = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
-            table.append([image.relative_to(root).as_posix(), label, *texts])
+            name = class_name(args, image, split.labels[i])
+            table.append([image.relative_to(root).as_posix(), name, *texts])
     write_csv(run / "photos.csv", ["photo", "class", *columns], table)
 
 
@@ -2059,17 +2062,17 @@ def network_checksum(args):
     return checksum_of(files)
 
 
-def warn_of_copies(splits):
+def warn_of_copies(args, splits):
     """Prints a line if the same photo stands in several classes: one of them is wrong."""
-    classes = defaultdict(set)  # {content: labels}; the data's checksum has read all files already
+    classes = defaultdict(set)  # {content: classes}; the data's checksum has read all files already
     for split in splits.values():
-        for image in split.images:
-            classes[file_checksum(image)].add(image.parent)
-    copies = [sorted(folders) for folders in classes.values() if len(folders) > 1]
+        for image, label in zip(split.images, split.labels):
+            classes[file_checksum(image)].add(class_name(args, image, label))
+    copies = [sorted(names) for names in classes.values() if len(names) > 1]
     if copies:
         first, second = copies[0][:2]
-        print(f"warning: {len(copies):,} photos are in several classes, such as {first.name} and "
-              f"{second.name}; keep each photo in one class only")
+        print(f"warning: {len(copies):,} photos are in several classes, such as {first} and "
+              f"{second}; keep each photo in one class only")
 
 
 def check_config(run, config):
@@ -2124,7 +2127,7 @@ def main(argv=None):
 
     # 3. What is wrong with the data must be known before hours of training, not after.
     check_masks(splits)
-    warn_of_copies(splits)
+    warn_of_copies(args, splits)
     warn_of_few_classes(splits)
     if not args.measure:
         check_photos(args, splits["test"])
