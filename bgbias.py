@@ -2128,7 +2128,7 @@ def main(argv=None):
     # 3. What is wrong with the data must be known before hours of training, not after.
     check_masks(splits)
     warn_of_copies(args, splits)
-    warn_of_few_classes(splits)
+    warn_of_few_classes(args, splits)
     if not args.measure:
         check_photos(args, splits["test"])
 
@@ -2202,8 +2202,8 @@ def check_finite(embeddings, photos):
                             "finite; correct the network, or leave this photo out")
 
 
-def warn_of_few_classes(splits):
-    for name in ("val", "test"):
+def warn_of_few_classes(args, splits):
+    for name in ("test",) if args.measure else ("val", "test"):
         classes = len(np.unique(splits[name].labels))
         if 0 < classes < NOISY:
             print(f"{name}: {classes} classes are few, so its numbers are noisy")
