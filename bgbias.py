@@ -2217,6 +2217,7 @@ def warn_of_no_gain(args, state):
 
 def write_left_out(run, left_out):
     """Writes left_out.csv, if photos were left out because of their mask."""
+    (run / "left_out.csv").unlink(missing_ok=True)
     if left_out.images:
         rows = [(image, mask, f"{judge_mask(mask)[3]:.4f}")
                 for image, mask in zip(left_out.images, left_out.masks)]
