@@ -1738,6 +1738,7 @@ def explain_drop(result):
         by_class[photo["class"]].append((photo["clean"], photo[result["args"]["reference"]]))
     means = {name: np.mean(values, axis=0) for name, values in by_class.items() if len(values) >= 5}
     worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
+    worst = [name for name in worst if means[name][1] < means[name][0]]
     if worst:
         texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
         lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
@@ -1745,7 +1746,7 @@ def explain_drop(result):
 
 
 def class_name(args, image, label):
-    """The name of a class: its folder's or, where folders are no classes, its number in the lists."""
+    """The name of a class: its folder's, or its number in the lists of the dataset."""
     return str(label + 1) if args.dataset in ("cars196", "sop") else image.parent.name
 
 
