@@ -1847,11 +1847,12 @@ def report(folder, only=None):
             results = list(seeds.values())
             first += [table_row(name, results, columns_of(results[0])),
                       *paper_row(results[0]["args"])]
-            chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+            if all(result["above_chance"] for result in results):
+                chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
         parts += [f"## {heading}", as_table(first)]
         if chosen:
             parts.append("\n".join(explain_drop(chosen)))
-        else:
+        elif chain:
             parts += ["The drop of MAP@R, step by step:", as_table(chain)]
         parts += ["\n".join(compare_variants(rows))]
     return "\n\n".join(part for part in parts if part)
