@@ -1725,10 +1725,11 @@ def explain_drop(result):
     lines = [f"The drop of MAP@R (in %), step by step: {path}; object only "
              f"{np.mean(columns['object only']):.1f}"]
     steps = []
-    for what in CHAIN.values():
-        if what in columns:
-            change = round(np.mean(columns[what]), 1) + 0  # + 0 turns -0.0 into 0.0
-            steps.append(f"{what} {change:+.1f}")
+    for before, after in itertools.pairwise(names):
+        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # -0.0 becomes 0.0
+        draws = columns[CHAIN[after]]
+        spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
+        steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
     lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
     if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
         lines.append("Cutting and pasting costs over a tenth: check the masks.")
