@@ -737,6 +737,7 @@ def train(args, splits, state, run):
 def validate(network, validation_batches, items):
     """{condition: metrics} of clean photos and of one draw of other backgrounds."""
     embedded = embed(network, items, replaced_views)
+    check_finite(embedded, validation_batches.photos)
     return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
             for condition, draws in embedded.items()}
 
@@ -1460,7 +1461,7 @@ def check_trainable(args, network):
     """Raises UserError if an Embedder can be measured, but not trained."""
     if not has_gradient(network, args.image_size):
         raise UserError(f"--backbone {args.backbone}: its features have no gradient, so it cannot "
-                        "be trained; add --epochs 0")
+                        "be trained; add --measure")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
                         "--embedding 0 to train a linear layer on top")
@@ -1733,10 +1734,11 @@ def explain_drop(result):
     lines = [f"The drop of MAP@R (in %), step by step: {path}; object only "
              f"{np.mean(columns['object only']):.1f}"]
     steps = []
-    for what in CHAIN.values():
-        if what in columns:
-            change = round(np.mean(columns[what]), 1) + 0  # + 0 turns -0.0 into 0.0
-            steps.append(f"{what} {change:+.1f}")
+    for before, after in itertools.pairwise(names):
+        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # -0.0 becomes 0.0
+        draws = columns[CHAIN[after]]
+        spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
+        steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
     lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
     if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
         lines.append("Cutting and pasting costs over a tenth: check the masks.")
@@ -1746,10 +1748,16 @@ def explain_drop(result):
         by_class[photo["class"]].append((photo["clean"], photo[result["args"]["reference"]]))
     means = {name: np.mean(values, axis=0) for name, values in by_class.items() if len(values) >= 5}
     worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
+    worst = [name for name in worst if means[name][1] < means[name][0]]
     if worst:
         texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
         lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
     return lines
+
+
+def class_name(args, image, label):
+    """The name of a class: its folder's, or its number in the lists of the dataset."""
+    return str(label + 1) if args.dataset in ("cars196", "sop") else image.parent.name
 
 
 def write_photos(run, args, split, photos):
@@ -1760,13 +1768,11 @@ def write_photos(run, args, split, photos):
     table = []
     for i in np.argsort(-photos["drop"].numpy(), kind="stable"):
         image = split.images[i]
-        label = image.parent.name
-        if args.dataset in ("cars196", "sop"):  # their folders are no classes
-            label = split.labels[i] + 1
         values = [float(photos[column][i]) if column in photos else math.nan for column in columns]
         if not math.isnan(values[0]):  # otherwise the photo has no other one of its class
             texts = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
-            table.append([image.relative_to(root).as_posix(), label, *texts])
+            name = class_name(args, image, split.labels[i])
+            table.append([image.relative_to(root).as_posix(), name, *texts])
     write_csv(run / "photos.csv", ["photo", "class", *columns], table)
 
 
@@ -1851,11 +1857,12 @@ def report(folder, only=None):
             results = list(seeds.values())
             first += [table_row(name, results, columns_of(results[0])),
                       *paper_row(results[0]["args"])]
-            chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+            if all(result["above_chance"] for result in results):
+                chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
         parts += [f"## {heading}", as_table(first)]
         if chosen:
             parts.append("\n".join(explain_drop(chosen)))
-        else:
+        elif chain:
             parts += ["The drop of MAP@R, step by step:", as_table(chain)]
         parts += ["\n".join(compare_variants(rows))]
     return "\n\n".join(part for part in parts if part)
@@ -2067,17 +2074,17 @@ def network_checksum(args):
     return checksum_of(files)
 
 
-def warn_of_copies(splits):
+def warn_of_copies(args, splits):
     """Prints a line if the same photo stands in several classes: one of them is wrong."""
-    classes = defaultdict(set)  # {content: labels}; the data's checksum has read all files already
+    classes = defaultdict(set)  # {content: classes}; the data's checksum has read all files already
     for split in splits.values():
-        for image in split.images:
-            classes[file_checksum(image)].add(image.parent)
-    copies = [sorted(folders) for folders in classes.values() if len(folders) > 1]
+        for image, label in zip(split.images, split.labels):
+            classes[file_checksum(image)].add(class_name(args, image, label))
+    copies = [sorted(names) for names in classes.values() if len(names) > 1]
     if copies:
         first, second = copies[0][:2]
-        print(f"warning: {len(copies):,} photos are in several classes, such as {first.name} and "
-              f"{second.name}; keep each photo in one class only")
+        print(f"warning: {len(copies):,} photos are in several classes, such as {first} and "
+              f"{second}; keep each photo in one class only")
 
 
 def check_config(run, config):
@@ -2132,8 +2139,8 @@ def main(argv=None):
 
     # 3. What is wrong with the data must be known before hours of training, not after.
     check_masks(splits)
-    warn_of_copies(splits)
-    warn_of_few_classes(splits)
+    warn_of_copies(args, splits)
+    warn_of_few_classes(args, splits)
     if not args.measure:
         check_photos(args, splits["test"])
 
@@ -2201,13 +2208,16 @@ def check_finite(embeddings, photos):
     """Raises UserError naming a photo whose embedding is nan or inf."""
     for draws in embeddings.values():
         broken = (~draws.isfinite()).any(dim=2).any(dim=0).nonzero()
+        if len(broken) == len(photos):
+            raise UserError("the network's output is not finite for any photo; train it with a "
+                            "lower --lr, or correct the network")
         if len(broken):
             raise UserError(f"{photos.images[int(broken[0])]}: the network's output for it is not "
                             "finite; correct the network, or leave this photo out")
 
 
-def warn_of_few_classes(splits):
-    for name in ("val", "test"):
+def warn_of_few_classes(args, splits):
+    for name in ("test",) if args.measure else ("val", "test"):
         classes = len(np.unique(splits[name].labels))
         if 0 < classes < NOISY:
             print(f"{name}: {classes} classes are few, so its numbers are noisy")
@@ -2221,6 +2231,7 @@ def warn_of_no_gain(args, state):
 
 def write_left_out(run, left_out):
     """Writes left_out.csv, if photos were left out because of their mask."""
+    (run / "left_out.csv").unlink(missing_ok=True)
     if left_out.images:
         rows = [(image, mask, f"{judge_mask(mask)[3]:.4f}")
                 for image, mask in zip(left_out.images, left_out.masks)]
