@@ -684,16 +684,18 @@ def train(args, splits, state, run):
     # Validate on the reference condition, and on the one that selects the best epoch.
     lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
     validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
-    if not state.history:  # before the first epoch
-        scores = validate(network, validation_batches, load(validation_batches, args))
-        state.history.append({"epoch": 0, "loss": None, **scores})
-        print_epoch(args, state, splits)
-    # Loaders last until the end, so that workers start once and prefetch during validations.
+    # Both loaders last until the end, so that workers start once and prefetch during validations.
     first, last = state.epochs * args.iterations, args.epochs * args.iterations
     training_loader = load(training_batches, args, range(first, last))
     per_epoch = validation_batches.per_epoch
-    validation_loader = load(validation_batches, args,
-                             range(state.epochs * per_epoch, args.epochs * per_epoch))
+    numbers = [*range(state.epochs * per_epoch, args.epochs * per_epoch)]
+    if not state.history:  # epoch 0 sees the backgrounds of epoch 1
+        numbers = [*range(per_epoch), *numbers]
+    validation_loader = load(validation_batches, args, numbers)
+    if not state.history:
+        scores = validate(network, validation_batches, validation_loader)
+        state.history.append({"epoch": 0, "loss": None, **scores})
+        print_epoch(args, state, splits)
     while not state.is_finished:
         start = time.monotonic()
         epoch = state.epochs + 1
@@ -722,8 +724,7 @@ def train(args, splits, state, run):
             raise UserError(f"--lr {args.lr}: the loss is {mean_loss} in epoch {epoch}; give a "
                             "lower lr")
         trained = time.monotonic()
-        scores = validate(network, validation_batches,
-                          itertools.islice(validation_loader, per_epoch))
+        scores = validate(network, validation_batches, validation_loader)
         now = time.monotonic()
         state.history.append({"epoch": epoch, "loss": mean_loss, **scores, "seconds": now - start,
                               "seconds_validation": now - trained})
@@ -734,8 +735,9 @@ def train(args, splits, state, run):
         print_epoch(args, state, splits)
 
 
-def validate(network, validation_batches, items):
-    """{condition: metrics} of clean photos and of one draw of other backgrounds."""
+def validate(network, validation_batches, validation_loader):
+    """{condition: metrics} of the next epoch's items: clean photos, one draw of backgrounds."""
+    items = itertools.islice(validation_loader, validation_batches.per_epoch)
     embedded = embed(network, items, replaced_views)
     check_finite(embedded, validation_batches.photos)
     return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
