@@ -1737,7 +1737,7 @@ def explain_drop(result):
              f"{np.mean(columns['object only']):.1f}"]
     steps = []
     for before, after in itertools.pairwise(names):
-        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # -0.0 becomes 0.0
+        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # not -0.0
         draws = columns[CHAIN[after]]
         spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
         steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
