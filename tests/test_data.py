@@ -115,6 +115,8 @@ def test_sop_lists(tmp_path):
 
 
 def split_sizes(splits):
+    """The number of photos of each split. None is left out."""
+    assert [*splits] == ["train", "val", "test", "left_out"] and splits["left_out"].images == []
     return [len(splits[name].images) for name in ("train", "val", "test")]
 
 
@@ -125,7 +127,9 @@ def test_own_folder(shop):
         assert images == [shop / f"shop/images/c{c}/p{i}.jpg" for c in classes for i in range(4)]
         assert masks == [shop / f"shop/masks/c{c}/p{i}.png" for c in classes for i in range(4)]
         assert labels.tolist() == [c for c in classes for _ in range(4)]
-    assert split_sizes(load_splits(str(shop / "shop"), training=False)) == [0, 0, 36]
+    assert split_sizes(load_splits(str(shop / "shop"), measure="all")) == [0, 0, 36]
+    for name, split in load_splits(str(shop / "shop"), measure="test").items():  # those of a training
+        assert (split.images, split.labels.tolist()) == (splits[name].images, splits[name].labels.tolist())
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 2, 2), (3, 2, 4), (8, 2, 10), (23, 7, 30), (74, 24, 98)])
@@ -135,7 +139,8 @@ def test_own_folder_is_split_like_cars196(tmp_path, sizes):
         (tmp_path / f"images/{c:03d}").mkdir(parents=True)
         for i in range(2):
             (tmp_path / f"images/{c:03d}/{i}.jpg").touch()
-    labels = [split.labels.tolist() for split in load_splits(str(tmp_path), need_masks=False).values()]
+    splits = load_splits(str(tmp_path), need_masks=False)
+    labels = [splits[name].labels.tolist() for name in ("train", "val", "test")]
     assert sum(labels, []) == np.repeat(range(sum(sizes)), 2).tolist()
     assert [len(own) // 2 for own in labels] == list(sizes)
 
@@ -208,26 +213,96 @@ def test_two_photos_with_one_mask(shop):
         load_splits(str(shop / "shop"))
 
 
-def test_too_few_classes_or_photos(shop):
+def test_too_few_classes_or_photos(shop, capsys):
     own = shop / "shop"
 
     def refused(name, **options):
         with pytest.raises(UserError, match=f"{own}: .* for {name}; .*{own}/images/<class>/"):
             load_splits(str(own), **options)
 
+    def measured_as_a_whole(photos):
+        """--measure takes all classes of a folder that cannot be split, with a line that names it."""
+        capsys.readouterr()
+        assert split_sizes(load_splits(str(own), measure="test")) == [0, 0, photos]
+        line, = capsys.readouterr().out.splitlines()
+        assert str(own) in line and "all of them are measured" in line
+
     for path in own.glob("images/c[5-8]/p[1-3].jpg"):  # every test class has one photo
         path.unlink()
     refused("test")
+    measured_as_a_whole(24)
     for gone, name in (("c[5-8]", "test"), ("c[2-4]", "val")):
         for path in own.glob(f"images/{gone}"):
             shutil.rmtree(path)
         refused(name)
-    assert split_sizes(load_splits(str(own), training=False)) == [0, 0, 8]  # --epochs 0 needs two classes
+    measured_as_a_whole(8)  # two classes are enough
+    assert split_sizes(load_splits(str(own), measure="all")) == [0, 0, 8] and capsys.readouterr().out == ""
     shutil.rmtree(own / "images/c1")
-    refused("test", training=False)
+    for measure in ("test", "all"):
+        refused("test", measure=measure)
     (own / "images/c0").rename(shop / "elsewhere")
     with pytest.raises(UserError, match=f"{own}"):  # masks.py with no photo at all
-        load_splits(str(own), need_masks=False, training=False)
+        load_splits(str(own), need_masks=False, measure="all")
+
+
+# Photos whose mask says nothing, and the share of foreground that their masks have. Of 40 x 32 px, 1 % is 12.8.
+UNUSABLE = {"c0/p1": 0, "c2/p0": 1 - 12 / 1280, **{f"c3/p{i}": 12 / 1280 for i in range(4)}}
+USABLE = {"c0/p0": 13 / 1280, "c8/p3": 1 - 13 / 1280}
+
+
+def write_mask(root, photo, foreground):
+    pixels = np.zeros(1280, np.uint8)
+    pixels[:round(foreground * 1280)] = 255
+    Image.fromarray(pixels.reshape(32, 40)).save(root / f"masks/{photo}.png")
+
+
+def test_photos_with_a_nearly_empty_or_full_mask_are_left_out(shop, capsys):
+    """With one line. Classes are numbered and split after that, so a class without any photo leaves no gap."""
+    own = shop / "shop"
+    for photo, foreground in (UNUSABLE | USABLE).items():
+        write_mask(own, photo, foreground)
+    for measure in (None, "test", "all"):
+        splits = load_splits(str(own), measure=measure)
+        line, = capsys.readouterr().out.splitlines()
+        assert line.startswith("left out: 6 of 36 photos") and "mask" in line and "left_out.csv" in line
+        assert splits["left_out"].images == [own / f"images/{photo}.jpg" for photo in UNUSABLE]
+        assert splits["left_out"].masks == [own / f"masks/{photo}.png" for photo in UNUSABLE]
+        for split in splits.values():
+            assert len(split.images) == len(split.masks) == len(split.labels)
+    # Eight classes are split 3 : 2 : 3.
+    splits = load_splits(str(own))
+    found = {name: {(path.parent.name, int(label)) for path, label in zip(split.images, split.labels)}
+             for name, split in splits.items() if name != "left_out"}
+    assert found == {"train": {("c0", 0), ("c1", 1), ("c2", 2)}, "val": {("c4", 3), ("c5", 4)},
+                     "test": {("c6", 5), ("c7", 6), ("c8", 7)}}
+    assert [len(splits[name].images) for name in found] == [10, 8, 12]
+
+
+def test_no_photo_is_left_out_for_masks_py_and_of_toy(shop, capsys, monkeypatch):
+    """masks.py is to repair the masks, and the paper's data sets stay as they are."""
+    own = shop / "shop"
+    for photo, foreground in UNUSABLE.items():
+        write_mask(own, photo, foreground)
+    assert split_sizes(load_splits(str(own), need_masks=False)) == [12, 8, 16]
+    own.rename(shop / "toy")
+    monkeypatch.setitem(bgbias.COUNTS, "toy", (36, 16))
+    monkeypatch.setitem(SPLITS, "toy", {"train": range(3), "val": range(3, 5), "test": range(5, 9)})
+    assert split_sizes(load_splits("toy", shop)) == [12, 8, 16]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("unusable", [18, 19])
+def test_if_most_masks_are_unusable_the_masks_are_wrong(shop, capsys, unusable):
+    """More than half of 36. Then nothing is left out."""
+    own = shop / "shop"
+    for i in range(unusable):
+        write_mask(own, f"c{i % 9}/p{i // 9}", i % 2)
+    if unusable == 18:
+        assert len(load_splits(str(own))["left_out"].images) == 18
+    else:
+        with pytest.raises(UserError, match="masks: most .*masks.py --verify"):
+            load_splits(str(own))
+        assert capsys.readouterr().out == ""
 
 
 def test_backgrounds_are_sorted_and_needed(shop):
@@ -342,8 +417,11 @@ def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):
 def test_toy_is_complete_and_always_the_same(toy):
     splits = load_splits("toy", toy.parent)
     assert split_sizes(splits) == [2000, 400, 1000]
-    assert {name: sorted(set(split.labels.tolist())) for name, split in splits.items()} == {
+    assert {name: sorted(set(splits[name].labels.tolist())) for name in SPLITS["toy"]} == {
         name: list(classes) for name, classes in SPLITS["toy"].items()}
+    assert split_sizes(load_splits("toy", toy.parent, measure="test")) == [2000, 400, 1000]
+    every = load_splits("toy", toy.parent, measure="all")
+    assert split_sizes(every) == [0, 0, 3400] and set(every["test"].labels.tolist()) == set(range(170))
     pairs = zip(range(3), bgbias.toy_class(np.random.default_rng([2022, 5])))
     for i, (photo, mask) in pairs:
         assert np.array_equal(photo, Image.open(toy / f"images/005/{i:02d}.png"))

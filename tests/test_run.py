@@ -852,7 +852,7 @@ def test_unusable_masks_of_the_papers_sets_are_counted_while_decoding(shop, caps
     for count, lines in ((21, 0), (20, 1)):
         images, masks = ([Path("shop", kind, name) for name in photos[:count]] for kind in ("images", "masks"))
         decoded = bgbias.Photos(images, masks, 16)
-        decoded.warn("training")
+        decoded.warn_of_masks("training")
         found = capsys.readouterr().out.splitlines()
         assert len(decoded) == count and len(found) == lines
         assert all("5% of the training photos" in line and "masks.py --verify" in line for line in found)
