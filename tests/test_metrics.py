@@ -17,6 +17,8 @@ import bgbias
 from bgbias import draw_lenders, fooled_and_confused, query_metrics, retrieval_metrics
 from conftest import mean_of, naive_metrics, naive_query_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KS = (1, 2, 4, 8)
 
 
