@@ -1,4 +1,4 @@
-"""What the conditions of the test measure, on photos with planted objects and backgrounds: all backgrounds are the same,
+"""What the conditions of the test measure, on photos with planted objects and backgrounds: all backgrounds are equal,
 or they tell the class and the objects do not, or the other way round; and the numbers of run_test() against slow loops
 over its embeddings."""
 
@@ -180,7 +180,8 @@ def test_fooled_and_confused_of_planted_networks():
 
 # ---- The numbers of run_test ---------------------------------------------------------------------
 
-GROUPS = {"three to a class": [0, 1, 2, 3] * 3, "many sizes": [0, 5, 5, 2, 5, 2, 7, 5, 2, 9], "two of each": [0, 0, 1, 1]}
+GROUPS = {"three to a class": [0, 1, 2, 3] * 3, "many sizes": [0, 5, 5, 2, 5, 2, 7, 5, 2, 9],
+          "two of each": [0, 0, 1, 1]}
 
 
 def measured(labels, pool, seed=1):

@@ -1,5 +1,5 @@
-"""One geometry for photo and mask, lenders, batches, backgrounds and removal by hand, the pictures that the training and
-the test make of them; torchvision on PIL images as referee."""
+"""One geometry for photo and mask, lenders, batches, backgrounds and removal by hand, and what the network sees of them
+in training and test; torchvision on PIL images as referee."""
 
 import itertools
 import re
@@ -202,6 +202,13 @@ def test_faults_of_a_mask_by_hand(counts):
     assert not bgbias.mask_faults(mask_of(*counts, edges=(230, 25)))[2]  # nearly white and nearly black
 
 
+def box_of(left, right):
+    """A mask (50, 100) with a box between two columns."""
+    mask = np.zeros((50, 100), np.uint8)
+    mask[10:40, left:right] = 255
+    return mask
+
+
 def splits_of(folder, images):
     """Splits with those masks, the first of them for training."""
     folder.mkdir()
@@ -220,6 +227,32 @@ def test_summary_of_the_masks_by_hand(tmp_path, capsys):
     with pytest.raises(UserError, match="^masks: "):
         bgbias.check_masks(splits_of(tmp_path / "most", images))
     assert re.findall(r"\d+ ?%?", capsys.readouterr().out) == ["75%", "1 ", "5 ", "2 ", "1 "]
+
+
+KINDS = {"fine": box_of(40, 60), "empty": box_of(0, 0), "full": np.full((50, 100), 255, np.uint8),
+         # The centre crop takes the columns from 28 to 72 of 100, so less than half of a full mask.
+         "just inside": box_of(18, 38), "just outside": box_of(17, 37), "beside": box_of(80, 100)}
+
+
+@pytest.mark.parametrize("kinds, unusable, off_centre", [
+    (dict(fine=20), None, None), (dict(fine=20, empty=1), None, None), (dict(fine=19, empty=1), "5%", None),
+    (dict(fine=8, full=1, empty=1), "20%", "10%"), ({"fine": 19, "just inside": 1}, None, None),
+    ({"fine": 19, "just outside": 1}, None, "5%"), (dict(fine=5, beside=4, empty=1), "10%", "40%")])
+def test_masks_and_places_of_the_object_that_make_results_wrong_are_counted(
+        tmp_path, capsys, kinds, unusable, off_centre):
+    """From five percent on, one line each. It counts all photos, whether they are kept or only decoded."""
+    masks = [KINDS[kind] for kind, count in kinds.items() for _ in range(count)]
+    album = save(tmp_path / "images", [picture(100, 50)] * len(masks)), save(tmp_path / "masks", masks)
+    kept, checked = Photos(*album, SIZE), Photos(*album, SIZE, keep=False)
+    assert len([*checked.decode_all("checking")]) == len(masks)
+    for photos in (kept, checked):
+        photos.warn("test")
+        said = capsys.readouterr().out.splitlines()
+        assert all(line.startswith("warning: ") and " of the test photos" in line for line in said)
+        shares = {what: re.search(r"(\d+%)", line)[1] for line in said
+                  for what in ("nearly empty", "centre crop") if what in line}
+        assert shares == {what: share for what, share in
+                          (("nearly empty", unusable), ("centre crop", off_centre)) if share}
 
 
 @pytest.mark.parametrize("name", ["images/c0/p1.jpg", "images/c8/p3.jpg", "masks/c0/p1.png", "masks/c8/p3.png"])
@@ -738,7 +771,8 @@ def test_own_backgrounds_are_emptied_and_pasted_into_half_of_the_photos(tmp_path
 
 @pytest.mark.parametrize("bgaugment, flags, conditions", [
     ("none", "", ["clean", "replaced"]), ("pool", "", ["clean", "replaced"]),
-    ("own", "", ["clean", "replaced", "any_class"]), ("none", "--select any_class", ["clean", "replaced", "any_class"])])
+    ("own", "", ["clean", "replaced", "any_class"]),
+    ("none", "--select any_class", ["clean", "replaced", "any_class"])])
 def test_validations_see_the_pool_as_in_earlier_versions_and_another_cycle_each(tmp_path, bgaugment, flags, conditions):
     """Clean, the reference condition, and the one that selects. The validation of epoch e has the seeds of e - 1, and
     so has that before the training."""
