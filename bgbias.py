@@ -1,17 +1,19 @@
 """Does an image retrieval model look at the object or at the background? This script trains a
-model, replaces the backgrounds of its test images, and measures how much accuracy that costs. It
+model, replaces the backgrounds of its test photos, and measures how far retrieval drops. It
 implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
     python bgbias.py                                # toy data, contrastive loss, about a minute
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
-    python bgbias.py --dataset my_photos --loss triplet                # my_photos/images/<class>/
+    python bgbias.py --dataset my_photos --measure  # no training; my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
 
-The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
-folder: RUNS/<dataset>-<loss>-<base|bgaugment>-s<seed>, followed by every setting that is not the
-default. A run writes result.json last. The same command resumes an interrupted run.
+Part I is the paper. Read it from top to bottom. Part II brings photos in and numbers out.
 
-Shapes: B batch, D embedding (128), C classes, N images, H W pixels, S crop size, K neighbours.
+The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
+folder: RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, followed by every setting that is not
+the default. A run writes result.json last. The same command resumes an interrupted run.
+
+Shapes: B batch, D embedding (128), C classes, N photos, H W pixels, S crop size, K neighbours.
 Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
 Sections in parentheses are the paper's. DIFF marks a difference from the authors' code (README).
 """
@@ -110,7 +112,7 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative pos_margin is correct: nzmean() then averages over all positive pairs.
+        # The negative pos_margin is correct: the mean is then over all positive pairs.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -140,19 +142,6 @@ HPARAMS = {
 
 # ---- 2. Backgrounds ------------------------------------------------------------------------------
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
-
-# The object is removed by blurring the background into its place. The standard deviations of the
-# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
-# S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
-BLURS = (4, 10, 24, 64)
-# A blur counts fully where at least a tenth of what it sees is background. With less, its colour
-# would come from a few distant pixels, so the wider blurs keep their part.
-SEEN_ENOUGH = 0.1
-# A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
-# masks end in a faint margin, which still shows the object.
-FAINT = 0.1
-
 
 def unpack(photos):
     """(B, 4, S, S) uint8 -> images (B, 3, S, S) in [0, 255], masks (B, 1, S, S) in [0, 1]"""
@@ -165,28 +154,8 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-def remove_object(images, masks):
-    """Fills the object and a margin of S / 64 from the background around it: (B, 3, S, S) in
-    [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
-    where keep is 1 on the background."""
-    margin = max(1, images.shape[-1] // 64)
-    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
-    # The fill is smooth, so half of the resolution is enough.
-    known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
-    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
-    colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
-    fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
-    for divisor in BLURS:
-        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
-        gauss = gauss / gauss.sum(dim=1, keepdim=True)
-        colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
-        trust = (seen / SEEN_ENOUGH).clamp(max=1)
-        fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
-    return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
-
-
-# Which background does a photo get? The next three functions decide it. A photo that gives its
-# background to another one is its lender.
+# Which background does a photo get? draw_background(), draw_lender() and draw_lenders() decide it.
+# A photo that gives its background to another photo is its lender.
 
 
 def draw_background(pool):
@@ -213,10 +182,11 @@ def draw_lenders(groups, seed, draws=DRAWS):
     """The test on backgrounds of other test photos: (N,) groups -> (draws, N) indices. In draw k,
     photo i stands in front of the background of photo lenders[k, i] of its own group.
 
-    The photos of a group form a random cycle, and a draw goes along it in steps of 1, 2, 3, ...
-    So in each draw a photo lends its background exactly once, and never to itself: two photos with
-    the same background would find each other by it. A photo alone in its group keeps its own
-    background. There are fewer draws if the largest group has fewer other photos."""
+    The photos of a group form a random cycle, such as c a d b. In draw 0, each of them borrows from
+    the one before it: a from c, d from a, b from d, c from b; in draw 1 from the second one before
+    it, and so on. So a photo lends its background exactly once in each draw, and never to itself.
+    Two photos with the same background would find each other by it. A photo alone in its group
+    keeps its own background. There are fewer draws if no group has enough photos for all."""
     rng = np.random.default_rng(seed)
     cycles = [rng.permutation(members) for members in split_by_group(groups)]
     largest = max(map(len, cycles))
@@ -229,7 +199,42 @@ def draw_lenders(groups, seed, draws=DRAWS):
     return lenders
 
 
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
+
+# The object is removed by blurring the background into its place. The standard deviations of the
+# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
+# S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
+BLURS = (4, 10, 24, 64)
+# A blur counts fully where at least a tenth of what it sees is background. With less, its colour
+# would come from a few distant pixels, so the wider blurs keep their part.
+SEEN_ENOUGH = 0.1
+# A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
+# masks end in a faint margin, which still shows the object.
+FAINT = 0.1
+
+
+def remove_object(images, masks):
+    """Fills the object and a margin of S / 64 from the background around it: (B, 3, S, S) in
+    [0, 255], (B, 1, S, S) in [0, 1] -> (B, 3, S, S). The fill is blur(image * keep) / blur(keep),
+    where keep is 1 on the background."""
+    margin = max(1, images.shape[-1] // 64)
+    keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
+    # The fill is smooth, so half of the resolution is enough.
+    known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
+    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
+    colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
+    fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
+    for divisor in BLURS:
+        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
+        gauss = gauss / gauss.sum(dim=1, keepdim=True)
+        colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
+        trust = (seen / SEEN_ENOUGH).clamp(max=1)
+        fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
+    return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
+
+
 # ---- 3. Sampler ----------------------------------------------------------------------------------
+
 
 class MPerClassSampler:
     """Batches of indices into `labels` (Section 4): batch_size // m distinct classes, m images of
@@ -480,6 +485,7 @@ def hyper_parameters(loss, dataset):
 
 # ---- 6. Metrics ----------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     """The metrics of each query: {"map@r", "r_precision", "recall@K" for K in `ks`: (N,) from 0 to
@@ -615,6 +621,7 @@ def fooled_and_confused(clean, any_class, labels, lenders):
 
 # ---- 7. Training ---------------------------------------------------------------------------------
 
+
 class State:
     """A run's network, class weights (C, D) or None, optimiser, and the results of each epoch. The
     first of them, epoch 0, is the network before the training."""
@@ -678,16 +685,18 @@ def train(args, splits, state, run):
     # Validate on the reference condition, and on the one that selects the best epoch.
     lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
     validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
-    if not state.history:  # before the first epoch
-        scores = validate(network, validation_batches, load(validation_batches, args))
-        state.history.append({"epoch": 0, "loss": None, **scores})
-        print_epoch(args, state, splits)
-    # Loaders last until the end, so that workers start once and prefetch during validations.
+    # Both loaders last until the end, so that workers start once and prefetch during validations.
     first, last = state.epochs * args.iterations, args.epochs * args.iterations
     training_loader = load(training_batches, args, range(first, last))
     per_epoch = validation_batches.per_epoch
-    validation_loader = load(validation_batches, args,
-                             range(state.epochs * per_epoch, args.epochs * per_epoch))
+    numbers = [*range(state.epochs * per_epoch, args.epochs * per_epoch)]
+    if not state.history:  # epoch 0 sees the backgrounds of epoch 1
+        numbers = [*range(per_epoch), *numbers]
+    validation_loader = load(validation_batches, args, numbers)
+    if not state.history:
+        scores = validate(network, validation_batches, validation_loader)
+        state.history.append({"epoch": 0, "loss": None, **scores})
+        print_epoch(args, state, splits)
     while not state.is_finished:
         start = time.monotonic()
         epoch = state.epochs + 1
@@ -716,8 +725,7 @@ def train(args, splits, state, run):
             raise UserError(f"--lr {args.lr}: the loss is {mean_loss} in epoch {epoch}; give a "
                             "lower lr")
         trained = time.monotonic()
-        scores = validate(network, validation_batches,
-                          itertools.islice(validation_loader, per_epoch))
+        scores = validate(network, validation_batches, validation_loader)
         now = time.monotonic()
         state.history.append({"epoch": epoch, "loss": mean_loss, **scores, "seconds": now - start,
                               "seconds_validation": now - trained})
@@ -728,14 +736,17 @@ def train(args, splits, state, run):
         print_epoch(args, state, splits)
 
 
-def validate(network, validation_batches, items):
-    """{condition: metrics} of clean photos and of one draw of other backgrounds."""
+def validate(network, validation_batches, validation_loader):
+    """{condition: metrics} of the next epoch's items: clean photos, one draw of backgrounds."""
+    items = itertools.islice(validation_loader, validation_batches.per_epoch)
     embedded = embed(network, items, replaced_views)
+    check_finite(embedded, validation_batches.photos)
     return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
             for condition, draws in embedded.items()}
 
 
 # ---- 8. Test -------------------------------------------------------------------------------------
+
 
 def replaced_views(images, masks, batch):
     """Yields (condition, images (B, 3, S, S)) of an EvaluationBatch, whose photos are `images` and
@@ -793,14 +804,18 @@ def run_test(network, test_batches, args):
     for condition, draws in embeddings.items():
         for draw in draws:
             values[condition].append(query_metrics(draw, labels, ks))
-    # In `query`, only the query has another background. A lender would find its own background in
-    # the query, so it leaves the gallery.
+    # In `query`, only the query has another background. A photo that lent this background would be
+    # found by it, so it leaves the gallery.
     for k, draw in enumerate(embeddings[args.reference]):
         lender = lenders[k] if args.reference == "any_class" else None
         values["query"].append(query_metrics(draw, labels, ks, gallery=clean, ignored=lender))
     fooled, confused = fooled_and_confused(clean, embeddings["any_class"], labels, lenders)
+    return (means_of_draws(values, fooled, confused),
+            means_of_photos(values, fooled, confused, args.reference))
 
-    # A draw in which every query is left out has no mean.
+
+def means_of_draws(values, fooled, confused):
+    """The first result of run_test(). A draw in which all queries are left out has no mean."""
     result = {"test": {}}
     for condition, draws in values.items():
         asked = [draw for draw in draws if not draw["map@r"].isnan().all()]
@@ -808,12 +823,20 @@ def run_test(network, test_batches, args):
     for name, shares in (("fooled", fooled), ("confused", confused)):
         means = shares.nanmean(dim=1)
         result[name] = means[~means.isnan()].tolist()
+    return result
 
-    photos = {condition: torch.stack([draw["map@r"] for draw in values[condition]]).nanmean(dim=0)
-              for condition in ("clean", "any_class", "replaced") if condition in values}
-    photos["drop"] = photos["clean"] - photos[args.reference]
-    photos["fooled"], photos["confused"] = fooled.nanmean(dim=0), confused.nanmean(dim=0)
-    return result, {column: 100 * shares for column, shares in photos.items()}
+
+def means_of_photos(values, fooled, confused, reference):
+    """The second result of run_test(): average precisions (MAP@R of one query), the drop in points
+    from clean to the reference condition, and the shares."""
+    photos = {}
+    for condition in ("clean", "any_class", "replaced"):
+        if condition in values:
+            draws = torch.stack([draw["map@r"] for draw in values[condition]])
+            photos[condition] = 100 * draws.nanmean(dim=0)
+    photos["drop"] = photos["clean"] - photos[reference]
+    photos["fooled"], photos["confused"] = (100 * x.nanmean(dim=0) for x in (fooled, confused))
+    return photos
 
 
 # ==================================================================================================
@@ -909,14 +932,14 @@ def list_photos(folder):
 
 
 def list_backgrounds(args, name):
-    """The sorted photos in --backgrounds/val or /test; [] if it is own. Raises UserError."""
+    """The sorted photos of the pool in --backgrounds/val or /test. Raises UserError."""
     # DIFF: backgrounds are sorted by name, so that a seed fixes the draws.
     pool = list_photos(Path(args.backgrounds, name))
     of_paper = args.dataset in PLACES and "backgrounds" not in args.settings
-    if (not pool and args.backgrounds != "own") or (of_paper and len(pool) != POOL_SIZE):
-        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/"
-                        f"{f' instead of {POOL_SIZE}' * of_paper}; put background photos into "
-                        "its folders val/ and test/, or give --backgrounds own")
+    if not pool or (of_paper and len(pool) != POOL_SIZE):
+        wanted = f" instead of {POOL_SIZE}" if of_paper else ""
+        raise UserError(f"--backgrounds {args.backgrounds}: {len(pool)} photos in {name}/{wanted}; "
+                        "put background photos into its folders val/ and test/")
     return pool
 
 
@@ -1150,16 +1173,22 @@ class Photos(torch.utils.data.Dataset):
             self.faults[i] = bool(share < EMPTY or share > FULL), bool(inside < 0.5)
         return photo
 
-    def warn(self, split):
-        """Prints a line if five percent of the decoded photos have a mask or a place of the object
-        that makes the results wrong."""
-        unusable, off_centre = np.mean([*self.faults.values()], axis=0)
-        if unusable >= 0.05:
-            print(f"warning: {unusable:.0%} of the {split} photos have a mask that is nearly empty "
-                  "or full; look at it with masks.py --verify --sheet")
-        if off_centre >= 0.05:
-            print(f"warning: in {off_centre:.0%} of the {split} photos, more than half of the "
-                  "object lies outside of the centre crop; crop the photos around the object")
+    def warn_of_masks(self, split):
+        """Prints a line if five percent of the decoded photos have a nearly empty or full mask."""
+        share = self.share_of_faults(0)
+        if share >= 0.05:
+            print(f"warning: {share:.0%} of the {split} photos have a mask that is nearly empty or "
+                  "full; look at the masks with masks.py --verify --sheet")
+
+    def warn_of_crop(self, split):
+        """Prints a line if the centre crop cuts off the objects of five percent of the photos."""
+        share = self.share_of_faults(1)
+        if share >= 0.05:
+            print(f"warning: in {share:.0%} of the {split} photos, more than half of the object "
+                  "lies outside of the centre crop; crop the photos around the object")
+
+    def share_of_faults(self, fault):
+        return sum(faults[fault] for faults in self.faults.values()) / max(1, len(self.faults))
 
 
 def free_memory():
@@ -1268,8 +1297,9 @@ class EvaluationBatches(torch.utils.data.Dataset):
             seed_crops(*self.seed, epoch, index)
             backgrounds.append([random_view(draw_background(self.pool), self.size)
                                 for _ in range(self.draws)])
-        lent = {condition: [self.crops(draw[indices]) for draw in lenders]
-                for condition, lenders in self.lenders(epoch).items()}
+        lent = {}
+        for condition, lenders in self.lenders(epoch).items():
+            lent[condition] = [self.crops(draw[indices]) for draw in lenders]
         return EvaluationBatch(self.crops(indices), self.labels[indices],
                          [torch.stack(draw) for draw in zip(*backgrounds)], lent)
 
@@ -1277,7 +1307,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
 def make_training_batches(args, split, sampler):
     """The TrainingBatches of a Split."""
     photos, pool = Photos(split.images, split.masks, args.image_size), None
-    photos.warn("training")
+    photos.warn_of_masks("training")
     if args.bgaugment == "pool":
         pool = Photos(list_backgrounds(args, "val"), None, args.image_size)
     return TrainingBatches(photos, split.labels, sampler, args.image_size, (args.seed, TRAIN_SEED),
@@ -1434,7 +1464,7 @@ def check_trainable(args, network):
     """Raises UserError if an Embedder can be measured, but not trained."""
     if not has_gradient(network, args.image_size):
         raise UserError(f"--backbone {args.backbone}: its features have no gradient, so it cannot "
-                        "be trained; add --epochs 0")
+                        "be trained; add --measure")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
                         "--embedding 0 to train a linear layer on top")
@@ -1707,10 +1737,11 @@ def explain_drop(result):
     lines = [f"The drop of MAP@R (in %), step by step: {path}; object only "
              f"{np.mean(columns['object only']):.1f}"]
     steps = []
-    for what in CHAIN.values():
-        if what in columns:
-            change = round(np.mean(columns[what]), 1) + 0  # + 0 turns -0.0 into 0.0
-            steps.append(f"{what} {change:+.1f}")
+    for before, after in itertools.pairwise(names):
+        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # not -0.0
+        draws = columns[CHAIN[after]]
+        spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
+        steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
     lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
     if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
         lines.append("Cutting and pasting costs over a tenth: check the masks.")
@@ -1720,10 +1751,16 @@ def explain_drop(result):
         by_class[photo["class"]].append((photo["clean"], photo[result["args"]["reference"]]))
     means = {name: np.mean(values, axis=0) for name, values in by_class.items() if len(values) >= 5}
     worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
+    worst = [name for name in worst if means[name][1] < means[name][0]]
     if worst:
         texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
         lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
     return lines
+
+
+def class_name(args, image, label):
+    """The name of a class: its folder's, or its number in the lists of the dataset."""
+    return str(label + 1) if args.dataset in ("cars196", "sop") else image.parent.name
 
 
 def write_photos(run, args, split, photos):
@@ -1734,13 +1771,11 @@ def write_photos(run, args, split, photos):
     table = []
     for i in np.argsort(-photos["drop"].numpy(), kind="stable"):
         image = split.images[i]
-        label = image.parent.name
-        if args.dataset in ("cars196", "sop"):  # their folders are no classes
-            label = split.labels[i] + 1
         values = [float(photos[column][i]) if column in photos else math.nan for column in columns]
         if not math.isnan(values[0]):  # otherwise the photo has no other one of its class
             texts = ["" if math.isnan(value) else f"{value:.4f}" for value in values]
-            table.append([image.relative_to(root).as_posix(), label, *texts])
+            name = class_name(args, image, split.labels[i])
+            table.append([image.relative_to(root).as_posix(), name, *texts])
     write_csv(run / "photos.csv", ["photo", "class", *columns], table)
 
 
@@ -1825,17 +1860,19 @@ def report(folder, only=None):
             results = list(seeds.values())
             first += [table_row(name, results, columns_of(results[0])),
                       *paper_row(results[0]["args"])]
-            chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+            if all(result["above_chance"] for result in results):
+                chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
         parts += [f"## {heading}", as_table(first)]
         if chosen:
             parts.append("\n".join(explain_drop(chosen)))
-        else:
+        elif chain:
             parts += ["The drop of MAP@R, step by step:", as_table(chain)]
         parts += ["\n".join(compare_variants(rows))]
     return "\n\n".join(part for part in parts if part)
 
 
 # ---- 15. Command line ----------------------------------------------------------------------------
+
 
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
@@ -1872,35 +1909,48 @@ def parse_args(argv=None):
     dataset's `name`. Raises UserError."""
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
-        epilog=f"Defaults are in brackets. They are the paper's, except for toy: {TOY_DEFAULTS}")
-    add = parser.add_argument
-    add("--dataset", default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
-    add("--loss", choices=LOSSES, default="contrastive", help="training loss [contrastive]")
-    add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
-        help="replace backgrounds of training photos: by photos of the pool, the paper's way, or "
-        "(own) by backgrounds of other training photos")
+        epilog=f"""Defaults are in brackets. They are the paper's. The toy set has its own:
+{TOY_DEFAULTS}
+
+commands:
+  python bgbias.py                                   the toy set, a minute
+  python bgbias.py --dataset my_photos --measure     a network as it is, on your own photos
+  python bgbias.py --dataset cars196 --bgaugment     a run of the paper""",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    home = os.path.expanduser  # of a path that begins with ~
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", type=home, default="toy", help="toy [default], cars196, cub200, sop or FOLDER")
+    add("--data", type=home, default="data", help="folder that holds the named datasets [data]")
+    add("--backgrounds", type=lambda path: os.path.normpath(home(path)), help="the pool, a folder "
+        "with val/ and test/ [DATA/unsplash_backgrounds, or FOLDER/backgrounds if it exists]")
+    add = parser.add_argument_group("network").add_argument
+    add("--backbone", type=home, help="bninception, smallconv, a torchvision classifier, or "
+        "FOLDER:NAME, which calls NAME() in FOLDER/hubconf.py [bninception]")
+    add("--weights", type=home, help="imagenet, own (of FOLDER:NAME), none (random) or FILE "
+        "[imagenet]")
+    add("--embedding", type=int, help=f"size; 0: no linear layer [{EMBEDDING}]")
+    add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
         "as it is, without training: on the classes that a trained run tests, or on all classes")
-    add("--data", default="data", help="folder that holds the named datasets [data]")
-    add("--backgrounds", help="the pool: a folder with val/ and test/ [DATA/unsplash_backgrounds, "
-        "or FOLDER/backgrounds if it exists]")
-    add("--runs", default="runs", help="folder that holds the run folders [runs]")
-    add("--seed", type=int, default=42, help="seed of all random numbers [42]")
-    add("--epochs", type=int, help=f"largest number of epochs [{DEFAULTS['epochs']}]")
+    add = parser.add_argument_group("training").add_argument
+    add("--loss", choices=LOSSES, default="contrastive", help="[contrastive]")
+    add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
+        help="replace the backgrounds of training photos: by photos of the pool, as the paper "
+        "does, or (own) by backgrounds of other training photos")
+    add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
-    add("--patience", type=int, help="epochs without improvement, then stop [15]")
+    add("--patience", type=int, help="stop after so many epochs without improvement [15]")
     add("--batch-size", type=int, help="photos per batch [32]")
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
-    add("--backbone", help="bninception, smallconv, a torchvision classifier, or FOLDER:NAME, "
-        f"which calls NAME() in FOLDER/hubconf.py [{DEFAULTS['backbone']}]")
-    add("--weights", help="imagenet, own (of FOLDER:NAME), none (random) or FILE [imagenet]")
-    add("--embedding", type=int, help="size; 0: no linear layer [128]")
-    add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
+    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
+        "selects the best epoch [clean; replaced with --bgaugment, any_class with own]")
+    add("--seed", type=int, default=42, help="seed of all random numbers [42]")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--runs", type=home, default="runs", help="folder that holds the run folders [runs]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     add("--workers", type=int, help="processes that prepare batches [up to 8 with CUDA, else 0]")
-    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
-        "selects the best epoch [clean, with --bgaugment replaced, with own any_class]")
-    add("--report", metavar="RUNS", help="print all tables of RUNS, and write RUNS/report.md")
+    add("--report", type=home, metavar="RUNS", help="print all tables of RUNS, and write "
+        "RUNS/report.md")
     args = parser.parse_args(argv)
     defaults = default_settings(args)
     for name, default in defaults.items():
@@ -1966,7 +2016,7 @@ def choose_device(args):
 
 def run_folder(args):
     """RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, or RUNS/<dataset>-measure-s<seed>, then
-    the settings in the parser's order."""
+    the settings that are not default."""
     if args.measure:
         parts = [args.name, "measure_all" if args.measure == "all" else "measure"]
     else:
@@ -2027,17 +2077,17 @@ def network_checksum(args):
     return checksum_of(files)
 
 
-def warn_of_copies(splits):
+def warn_of_copies(args, splits):
     """Prints a line if the same photo stands in several classes: one of them is wrong."""
-    classes = defaultdict(set)  # {content: labels}; the data's checksum has read all files already
+    classes = defaultdict(set)  # {content: classes}; the data's checksum has read all files already
     for split in splits.values():
-        for image in split.images:
-            classes[file_checksum(image)].add(image.parent)
-    copies = [sorted(folders) for folders in classes.values() if len(folders) > 1]
+        for image, label in zip(split.images, split.labels):
+            classes[file_checksum(image)].add(class_name(args, image, label))
+    copies = [sorted(names) for names in classes.values() if len(names) > 1]
     if copies:
         first, second = copies[0][:2]
-        print(f"warning: {len(copies):,} photos are in several classes, such as {first.name} and "
-              f"{second.name}; keep each photo in one class only")
+        print(f"warning: {len(copies):,} photos are in several classes, such as {first} and "
+              f"{second}; keep each photo in one class only")
 
 
 def check_config(run, config):
@@ -2092,8 +2142,8 @@ def main(argv=None):
 
     # 3. What is wrong with the data must be known before hours of training, not after.
     check_masks(splits)
-    warn_of_copies(splits)
-    warn_of_few_classes(splits)
+    warn_of_copies(args, splits)
+    warn_of_few_classes(args, splits)
     if not args.measure:
         check_photos(args, splits["test"])
 
@@ -2125,7 +2175,8 @@ def main(argv=None):
     test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
                                            lent=("same_class", "any_class"))
     if args.measure:
-        test_batches.photos.warn("test")
+        test_batches.photos.warn_of_masks("test")
+        test_batches.photos.warn_of_crop("test")
     result, photos = run_test(state.network, test_batches, args)
     write_photos(run, args, splits["test"], photos)
     result = {**config, "epochs": epochs, "best_epoch": best_epoch, "seconds": seconds,
@@ -2148,7 +2199,8 @@ def check_photos(args, split):
     photos = Photos(split.images, split.masks, args.image_size, keep=False)
     for _ in photos.decode_all("checking"):
         pass
-    photos.warn("test")
+    photos.warn_of_masks("test")
+    photos.warn_of_crop("test")
     if args.backgrounds:
         pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
         for _ in pool.decode_all("checking the pool"):
@@ -2159,13 +2211,16 @@ def check_finite(embeddings, photos):
     """Raises UserError naming a photo whose embedding is nan or inf."""
     for draws in embeddings.values():
         broken = (~draws.isfinite()).any(dim=2).any(dim=0).nonzero()
+        if len(broken) == len(photos):
+            raise UserError("the network's output is not finite for any photo; train it with a "
+                            "lower --lr, or correct the network")
         if len(broken):
             raise UserError(f"{photos.images[int(broken[0])]}: the network's output for it is not "
                             "finite; correct the network, or leave this photo out")
 
 
-def warn_of_few_classes(splits):
-    for name in ("val", "test"):
+def warn_of_few_classes(args, splits):
+    for name in ("test",) if args.measure else ("val", "test"):
         classes = len(np.unique(splits[name].labels))
         if 0 < classes < NOISY:
             print(f"{name}: {classes} classes are few, so its numbers are noisy")
@@ -2179,6 +2234,7 @@ def warn_of_no_gain(args, state):
 
 def write_left_out(run, left_out):
     """Writes left_out.csv, if photos were left out because of their mask."""
+    (run / "left_out.csv").unlink(missing_ok=True)
     if left_out.images:
         rows = [(image, mask, f"{judge_mask(mask)[3]:.4f}")
                 for image, mask in zip(left_out.images, left_out.masks)]
