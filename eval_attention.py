@@ -474,7 +474,7 @@ def draw_neighbours(group, count, file, *, worst):
         for title, found in near.items():
             right = {key: labels[found[key][q]] == labels[rows[q]] for key in found}
             for row, hit in zip(found[reference][q].tolist(), right[reference]):
-                label = bgbias.class_name(args.dataset, split, row)
+                label = bgbias.class_name(args, split.images[row], split.labels[row])
                 cells.append((batches.crops([row])[0, :3], label, RIGHT if hit else WRONG))
             own, new = (f"{int(right[key].sum())} of {len(right[key])}"
                         for key in ("clean", reference))
