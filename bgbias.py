@@ -172,8 +172,9 @@ def draw_lender(labels, k):
 
 def split_by_group(groups):
     """(N,) groups -> a list with the indices of each group"""
+    groups = np.asarray(groups)  # NumPy warns of functions that it calls on tensors
     order = np.argsort(groups, kind="stable")
-    _, starts = np.unique(np.asarray(groups)[order], return_index=True)
+    _, starts = np.unique(groups[order], return_index=True)
     return np.split(order, starts[1:])
 
 
