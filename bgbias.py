@@ -1267,16 +1267,17 @@ class TrainingBatches(torch.utils.data.Dataset):
 
 
 class EvaluationBatches(torch.utils.data.Dataset):
-    """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order; the next
-    items hold them again, with other backgrounds, as each validation needs. `draws` is the number
-    of backgrounds for each photo: of the pool, if there is one, and for each condition in `lent`
-    (same_class, any_class) of other photos."""
+    """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order, or those
+    in `rows`; the next items hold them again, with other backgrounds, as each validation needs.
+    `draws` is the number of backgrounds for each photo: of the pool, if there is one, and for each
+    condition in `lent` (same_class, any_class) of other photos. `rows` does not change them."""
 
-    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=()):
+    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=(), rows=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
         self.size, self.seed = size, seed
         self.draws, self.pool, self.lent = draws, pool, lent
-        self.per_epoch = math.ceil(len(photos) / EVAL_BATCH)
+        self.rows = range(len(photos)) if rows is None else rows
+        self.per_epoch = math.ceil(len(self.rows) / EVAL_BATCH)
 
     @functools.lru_cache(maxsize=1)  # of one epoch
     def lenders(self, epoch):
@@ -1291,7 +1292,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         epoch, batch = divmod(n, self.per_epoch)
-        indices = range(len(self.photos))[batch * EVAL_BATCH:(batch + 1) * EVAL_BATCH]
+        indices = self.rows[batch * EVAL_BATCH:(batch + 1) * EVAL_BATCH]
         backgrounds = []  # of each photo
         for index in indices if self.pool else ():
             seed_crops(*self.seed, epoch, index)
@@ -1301,7 +1302,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
         for condition, lenders in self.lenders(epoch).items():
             lent[condition] = [self.crops(draw[indices]) for draw in lenders]
         return EvaluationBatch(self.crops(indices), self.labels[indices],
-                         [torch.stack(draw) for draw in zip(*backgrounds)], lent)
+                               [torch.stack(draw) for draw in zip(*backgrounds)], lent)
 
 
 def make_training_batches(args, split, sampler):
@@ -1314,15 +1315,15 @@ def make_training_batches(args, split, sampler):
                            args.bgaugment, pool)
 
 
-def make_evaluation_batches(args, split, name, draws, lent, *, keep=True):
+def make_evaluation_batches(args, split, name, draws, lent, *, rows=None, keep=True):
     """The EvaluationBatches of a Split, which is the `name` split: val or test. It decides which
-    photos are the pool, if there is one."""
+    photos are the pool, if there is one. Without draws, no pool is needed."""
     pool = None
-    if args.reference == "replaced":
+    if args.reference == "replaced" and draws:
         pool = Photos(list_backgrounds(args, name), None, args.image_size)
     seed = args.seed, {"val": VAL_SEED, "test": TEST_SEED}[name]
     photos = Photos(split.images, split.masks, args.image_size, keep=keep)
-    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent)
+    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent, rows)
 
 
 def load(batches, args, numbers=None):
