@@ -622,8 +622,12 @@ PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
-PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
+SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
+           "cub200": "https://data.caltech.edu/records/65de6-vp158",
+           "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
+CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
 
 
 def dataset_root(dataset, data):
@@ -632,33 +636,61 @@ def dataset_root(dataset, data):
         return make_toy(Path(data, "toy"))
     if dataset in PLACES:
         for place in PLACES[dataset]:
-            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-                if found.exists():
-                    return found.parent
-        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; put it there (README, Reproduce the paper)")
+            for found in find_below(Path(data), place):
+                return found.parent
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor up to "
+                        f"two folders deeper; download it from {SOURCES[dataset]}")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
                         f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
+def find_below(folder, pattern):
+    """The paths that match a pattern in a folder, then those one and two folders deeper. Hidden
+    folders are skipped: run_all.sh unpacks into one."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        found += sorted(folder.glob(depth + pattern))
+    return [path for path in found if not is_hidden(path.relative_to(folder))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def list_cars196(root):
-    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
+    """[(path, label)] of cars_train/ and cars_test/, or of car_ims/. Raises UserError."""
+    if (root / "cars_train").is_dir() and (root / "cars_test").is_dir():
+        listed = (read_cars196(root, "cars_train", "cars_train_annos") +
+                  read_cars196(root, "cars_test", "cars_test_annos_withlabels"))
+    elif (root / "car_ims").is_dir():
+        listed = read_cars196(root, "car_ims", "cars_annos")
+    else:
+        raise UserError(f"{root}: cars_test/ is missing; download it from {SOURCES['cars196']}")
+    first = min(number for _, number in listed)  # 1 in the official lists, 0 in some copies
+    return [(path, number - first) for path, number in listed]
+
+
+def read_cars196(root, folder, name):
+    """[(path, number of the class)] of one folder, from the list NAME.mat. Raises UserError."""
     from scipy.io import loadmat
 
-    if (root / "car_ims").is_dir():
-        files = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    listed = []
-    for file, folder, field in files:
-        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
-        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-    return listed
+    photos = root / folder
+    if (photos / folder).is_dir():  # Kaggle's cars_train/cars_train/
+        photos = photos / folder
+    # A browser may name a list "cars_annos (1).mat". The devkit's list of cars_test/ has no labels.
+    for path in find_below(root, name.removesuffix("_withlabels") + "*.mat"):
+        try:
+            rows = loadmat(str(path), simplify_cells=True)["annotations"]
+        except Exception as error:  # scipy raises nearly anything
+            raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
+                            f"{CARS196_LISTS}") from error
+        if "class" in rows[0]:
+            field = "fname" if "fname" in rows[0] else "relative_im_path"
+            return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
+    raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
+                    f"it from {CARS196_LISTS} into this folder")
 
 
 def list_sop(root):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 import bgbias
 import masks
@@ -70,11 +70,114 @@ def test_both_cars_layouts_give_each_photo_its_class_and_mask(cars, monkeypatch)
             load_splits("cars196", data, need_masks=False)
 
 
-def test_cars_with_the_test_labels_inside_the_devkit(cars):
-    root, name = cars[1] / "stanford_cars", "cars_test_annos_withlabels.mat"
-    before = bgbias.list_cars196(root)
-    (root / name).rename(root / "devkit" / name)
-    assert bgbias.list_cars196(root) == before and len(before) == 12
+def move(old, new):
+    new.parent.mkdir(parents=True, exist_ok=True)
+    old.rename(new)
+
+
+def nest(root):
+    """Kaggle's cars_train/cars_train/00001.jpg."""
+    for folder in ("cars_train", "cars_test"):
+        move(root / folder, root / "here")
+        move(root / "here", root / folder / folder)
+
+
+def relabel(path, number):
+    """Changes the labels of a list: number(label), or no labels for None."""
+    rows = loadmat(path, simplify_cells=True)["annotations"]
+    columns = {"fname": [row["fname"] for row in rows]}
+    if number:
+        columns["class"] = [number(row["class"]) for row in rows]
+    savemat(path, annotations(**columns))
+
+
+def leave_old_files(root):
+    """An old, partial car_ims/ beside the set and above it, a hidden folder of an unpacking that was stopped, and
+    the files that macOS writes beside others."""
+    for folder in (root, root.parent):
+        write_image(folder / "car_ims/000001.jpg", np.random.default_rng(0))
+    savemat(root / "cars_annos.mat", annotations(relative_im_path=["car_ims/000001.jpg"] * 2, **{"class": [1, 2]}))
+    (root.parent / ".unpacking/stanford_cars/cars_train").mkdir(parents=True)
+    (root / "devkit/._cars_train_annos.mat").write_bytes(b"Mac OS X")
+
+
+LABELS = "cars_test_annos_withlabels.mat"
+CARS_THAT_WORK = {
+    "torchvision": lambda root: None,
+    "test labels in the devkit": lambda root: move(root / LABELS, root / "devkit" / LABELS),
+    "car_devkit.tgz unpacked beside": lambda root: move(root / "devkit", root / "car_devkit/devkit"),
+    "nested folders of Kaggle": nest,
+    "renamed by a browser": lambda root: move(root / LABELS, root / "cars_test_annos_withlabels (1).mat"),
+    "the devkit's test list too": lambda root: (
+        shutil.copy(root / LABELS, root / "devkit/cars_test_annos.mat"),
+        relabel(root / "devkit/cars_test_annos.mat", None)),
+    "labels from 0": lambda root: [relabel(root / name, lambda label: label - 1)
+                                   for name in (LABELS, "devkit/cars_train_annos.mat")],
+    "two folders deeper": lambda root: move(root, root.parent / "archive/stanford_cars"),
+    "no folder of its own": lambda root: [move(path, root.parent / path.name) for path in sorted(root.iterdir())],
+    "old files": leave_old_files}
+
+
+@pytest.mark.parametrize("layout", CARS_THAT_WORK)
+def test_layouts_of_cars_that_people_have(cars, layout, monkeypatch):
+    """Every photo has the grey level of its class, and no mask belongs to two photos."""
+    monkeypatch.setitem(bgbias.COUNTS, "cars196", (12, 8))
+    CARS_THAT_WORK[layout](cars[1] / "stanford_cars")
+    splits = load_splits("cars196", cars[1], need_masks=False)
+    images = sum((split.images for split in splits.values()), [])
+    labels = np.concatenate([split.labels for split in splits.values()])
+    assert sorted(labels) == sorted([0, 39, 98, 129, 159, 195] * 2)
+    for path, label in zip(images, labels, strict=True):
+        assert abs(np.asarray(Image.open(path)).mean() - (label + 1)) < 2
+    assert len(set(sum((split.masks for split in splits.values()), []))) == 12
+
+
+def kaggle_bundle(root):
+    """Nested folders, and only the list of the other layout, whose names do not fit."""
+    nest(root)
+    move(root / LABELS, root / "cars_annos.mat")
+    shutil.rmtree(root / "devkit")
+
+
+def by_classes(root):
+    """Kaggle's car_data/car_data/train/<class>/. The folders sort in another order than the official classes."""
+    for part in ("train", "test"):
+        folder = root / f"car_data/car_data/{part}/AM General Hummer SUV 2000"
+        move(root / f"cars_{part}/00001.jpg", folder / "00001.jpg")
+        shutil.rmtree(root / f"cars_{part}")
+
+
+KAGGLE, ISSUE = "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars", "pytorch/vision/issues/7545"
+CARS_THAT_LACK = {
+    "labels of Kaggle's bundle": (kaggle_bundle, "cars_train_annos.mat", ISSUE),
+    "test labels": (lambda root: move(root / LABELS, root.parent / LABELS), LABELS, ISSUE),
+    "labels in the test list": (lambda root: relabel(root / LABELS, None), LABELS, ISSUE),
+    "a good list": (lambda root: (root / LABELS).write_text("<html>404</html>"), LABELS, ISSUE),
+    "the end of a list": (lambda root: (root / LABELS).write_bytes((root / LABELS).read_bytes()[:300]), LABELS, ISSUE),
+    "cars_test": (lambda root: shutil.rmtree(root / "cars_test"), "cars_test/", KAGGLE),
+    "the list of car_ims": (lambda root: (shutil.rmtree(root / "cars_test"), (root / "car_ims").mkdir()),
+                            "cars_annos.mat", ISSUE),
+    "the official order of the classes": (by_classes, "cars_train or car_ims", KAGGLE)}
+
+
+@pytest.mark.parametrize("lack", CARS_THAT_LACK)
+def test_cars_that_lack_a_file_say_which_and_where_it_is(cars, lack, failure):
+    change, file, address = CARS_THAT_LACK[lack]
+    change(cars[1] / "stanford_cars")
+    line = failure(["--dataset", "cars196", "--data", cars[1]], masks.main)
+    assert file in line and address in line, line
+
+
+@pytest.mark.parametrize("dataset, place", [
+    ("cub200", "CUB_200_2011/images"), ("sop", "Stanford_Online_Products/Ebay_train.txt"), ("cars196", "car_ims")])
+def test_a_dataset_is_found_up_to_two_folders_deeper_and_not_in_hidden_folders(tmp_path, dataset, place):
+    (tmp_path / ".new" / place).mkdir(parents=True)
+    (tmp_path / "a/.new" / place).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--data {tmp_path}: .*{re.escape(bgbias.SOURCES[dataset])}"):
+        bgbias.dataset_root(dataset, tmp_path)
+    for folder in ("a/b", "c", "."):  # the nearest one is taken
+        (tmp_path / folder / place).mkdir(parents=True)
+        assert bgbias.dataset_root(dataset, tmp_path) == (tmp_path / folder / place).parent
 
 
 def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
@@ -84,9 +187,6 @@ def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
         write_image(tmp_path / f"CUB_200_2011/images/{label:03d}/1.jpg", np.random.default_rng(0))
     with pytest.raises(UserError, match=f"{tmp_path}/CUB_200_2011: 3 .*11,788 and 5,924"):
         load_splits("cub200", tmp_path)
-    (cars[1] / "stanford_cars/devkit/cars_train_annos.mat").unlink()
-    with pytest.raises(OSError):
-        load_splits("cars196", cars[1])
     with pytest.raises(UserError, match=f"--data {tmp_path}: Stanford_Online_Products"):
         load_splits("sop", tmp_path)
 
