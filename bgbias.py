@@ -26,6 +26,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -768,16 +769,50 @@ def load_splits(dataset, data="data", *, need_masks=True, training=True):
         if (need_masks or not images) and (len(photos) < 2 or photos.max() < 2):
             raise UserError(f"{root}: too few classes or photos for {name}; put photos into at "
                             f"least six folders {root}/images/<class>/ (two for --epochs 0)")
-    mask, photos = Counter(masks).most_common(1)[0]
-    if photos > 1:
-        raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images + masks * need_masks if not path.is_file()]
+    missing = [image for image in images if not image.is_file()]
     if missing:
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); download "
+                        f"{dataset} again from {SOURCES[dataset]}")
+    if need_masks:
         where = f" --data {data}" if dataset in SPLITS else ""
-        remedy = (f"unpack {root} again" if missing[0] in images else
-                  f"run: python masks.py --dataset {dataset}{where}")
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
+        check_mask_files(root, masks, f"python masks.py --dataset {dataset}{where}")
     return splits
+
+
+def check_mask_files(root, masks, command):
+    """Raises UserError if two photos share a mask or if masks are missing. `command` is masks.py's
+    for this dataset."""
+    shared = shared_masks(masks)
+    if shared:
+        raise UserError(f"{shared[0]}: two photos share this mask (in total: {len(shared):,} such "
+                        f"masks); rename the photos that this command lists: {command} --verify")
+    missing = [mask for mask in masks if not mask.is_file()]
+    if missing:
+        # Masks made by hand are perhaps there under other names. masks.py would make them anew.
+        remedy = f"run: {command}"
+        strays = describe_strays(root, masks)
+        if strays:
+            remedy = f"{strays}: rename or delete them, then {remedy}"
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} masks); {remedy}")
+
+
+def shared_masks(masks):
+    """The masks of two photos or more, such as b.jpg and b.png."""
+    return [mask for mask, photos in Counter(masks).items() if photos > 1]
+
+
+def describe_strays(root, masks):
+    """Says how many files in ROOT/masks are no photo's mask; "" if there are none."""
+    expected = set(masks)
+    strays = [path for path in sorted((root / "masks").rglob("*")) if path not in expected
+              and path.is_file() and not is_hidden(path.relative_to(root))]
+    if not strays:
+        return ""
+    text = f"{root / 'masks'} has {len(strays):,} files that fit no photo, such as {strays[0]}"
+    same_letters = {unicodedata.normalize("NFC", str(mask)) for mask in masks}
+    if unicodedata.normalize("NFC", str(strays[0])) in same_letters:
+        text += " (it differs from a photo's mask only in the Unicode form of its name)"
+    return text
 
 
 # ---- 10. Photos ----------------------------------------------------------------------------------

@@ -302,10 +302,45 @@ def test_missing_masks_and_folders_are_named(shop):
         load_splits(str(shop / "nowhere"))
 
 
+def rename_masks(own, name):
+    for mask in sorted(own.glob("masks/*/*")):
+        mask.rename(mask.with_name(name.format(mask.stem)))
+
+
+def test_masks_under_other_names_are_not_called_missing_only(shop):
+    """As rembg's users name them. The command would make them anew. Hidden files are no masks."""
+    own = shop / "shop"
+    (own / "masks/c0/.DS_Store").touch()
+    rename_masks(own, "{}_mask.png")
+    with pytest.raises(UserError) as error:
+        load_splits(str(own))
+    assert re.search(f"^{own}/masks/c0/p0.png: missing .*36 masks.*; {own}/masks has 36 files that fit no photo, such "
+                     f"as {own}/masks/c0/p0_mask.png: .* python masks.py --dataset {own}$", str(error.value))
+    assert "Unicode" not in str(error.value)
+    rename_masks(own, "{:.2}.jpg")
+    with pytest.raises(UserError, match="has 36 files that fit no photo, such as .*/p0.jpg"):
+        load_splits(str(own))
+    rename_masks(own, "{}.png")
+    assert split_sizes(load_splits(str(own))) == [12, 8, 16]
+
+
+def test_a_mask_whose_name_differs_only_in_its_unicode_form(shop):
+    """A Mac writes é as e and an accent; zip files and Linux keep it so."""
+    own = shop / "shop"
+    (own / "images/c0/p0.jpg").rename(own / "images/c0/caf\u00e9.jpg")
+    (own / "masks/c0/p0.png").rename(own / "masks/c0/cafe\u0301.png")
+    with pytest.raises(UserError, match="caf\u00e9.png: missing .* has 1 files .*cafe\u0301.png .*Unicode"):
+        load_splits(str(own))
+
+
 def test_two_photos_with_one_mask(shop):
-    write_image(shop / "shop/images/c0/p0.png", np.random.default_rng(1))
-    with pytest.raises(UserError, match=f"{shop}/shop/masks/c0/p0.png: "):
-        load_splits(str(shop / "shop"))
+    """masks.py lists all of them, and makes the other masks."""
+    own, rng = shop / "shop", np.random.default_rng(1)
+    write_image(own / "images/c0/p0.png", rng)
+    write_image(own / "images/c5/p1.webp", rng)
+    with pytest.raises(UserError, match=f"^{own}/masks/c0/p0.png: .*2 such masks.* masks.py --dataset {own} --verify$"):
+        load_splits(str(own))
+    assert split_sizes(load_splits(str(own), need_masks=False)) == [13, 8, 17]
 
 
 def test_too_few_classes_or_photos(shop):
