@@ -797,7 +797,7 @@ def check_mask_files(root, masks, command):
 
 
 def shared_masks(masks):
-    """The masks of two photos or more, such as b.jpg and b.png."""
+    """The masks that belong to two photos or more, such as b.jpg and b.png, in their order."""
     return [mask for mask, photos in Counter(masks).items() if photos > 1]
 
 
@@ -871,9 +871,14 @@ def open_pair(image, mask):
 
 def mask_faults(mask):
     """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
+    foreground, grey = mask_shares(mask)
+    return foreground < EMPTY, foreground > FULL, grey > FUZZY, foreground
+
+
+def mask_shares(mask):
+    """(share of foreground, share of grey) of the pixels of a mask."""
     pixels = np.asarray(mask)
-    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
-    return share < EMPTY, share > FULL, grey > FUZZY, share
+    return (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
 
 
 def check_masks(splits):
@@ -1325,7 +1330,8 @@ def report(folder, of=None):
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # The name of the folder is short, because a file's name may be as long as the system allows.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
         save(draft)
         draft.replace(path)
