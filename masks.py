@@ -51,8 +51,11 @@ Outcome = namedtuple("Outcome", "state image mask foreground grey error", defaul
 def rembg_model(name):
     """A function: path of an image -> its mask, a greyscale PIL image. The mask is soft and not
     post-processed, as in the paper. Raises UserError if the model cannot be downloaded."""
-    from rembg import new_session, remove  # here, because the import is slow
-
+    try:
+        from rembg import new_session, remove  # here, because the import is slow
+    except RuntimeError as error:  # numba, which rembg imports: docker --user leaves no home folder
+        raise UserError(f"rembg: {error}; set the environment variable NUMBA_CACHE_DIR to a folder "
+                        "that is writable") from error
     try:
         session = new_session(name)  # always named, because rembg's default is not u2net
     except OSError as error:
@@ -244,15 +247,17 @@ def contact_sheet(entries, out):
     rows = math.ceil(len(entries) / ACROSS)
     sheet = Image.new("RGB", (ACROSS * width, titles + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
+    for x in range(0, sheet.width, width):
+        for k, title in enumerate(("photo", "mask", "cut-out")):
+            draw.text((x + k * THUMB + 2, 2), title, "black")
     for i, (image, mask, name, reason) in enumerate(entries):
         x, y = i % ACROSS * width, titles + i // ACROSS * height
         photo = open_rgb(image)
         photo.thumbnail((THUMB, THUMB))
         mask = mask.resize(photo.size)
         cutout = Image.composite(photo, Image.new("RGB", photo.size, "magenta"), mask)
-        for k, (title, tile) in enumerate([("photo", photo), ("mask", mask), ("cut-out", cutout)]):
+        for k, tile in enumerate((photo, mask, cutout)):
             sheet.paste(tile, (x + k * THUMB, y))
-            draw.text((x + k * THUMB + 2, 2), title, "black")
         while draw.textlength(name) > 3 * THUMB:  # the end of a long name tells most
             name = name[1:]
         draw.text((x + 2, y + photo.height + 2), f"{name}\n{reason}", "black")
