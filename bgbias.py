@@ -618,6 +618,10 @@ class UserError(Exception):
 
 
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
+with contextlib.suppress(ImportError):  # phones take HEIC photos, which Pillow alone cannot read
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
@@ -703,16 +707,30 @@ def list_sop(root):
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    folders, labels = visible(root / "images"), {}
-    for label, folder in enumerate(filter(list_photos, folders)):
-        labels |= dict.fromkeys(list_photos(folder), label)
-    found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
-                       path.suffix.lower() or path.name for path in found if path not in labels)
+    folders = visible(root / "images")
+    classes = [photos for photos in map(list_photos, folders) if photos]
+    listed = [(photo, label) for label, photos in enumerate(classes) for photo in photos]
+    found = itertools.chain(*(visible(folder) or [folder] for folder in folders))
+    print_left_out(root / "images", found, [photo for photo, _ in listed])
+    return listed
+
+
+def print_left_out(folder, found, photos):
+    """Prints how many of the paths that were found in a folder are not among its photos."""
+    photos = set(photos)
+    left_out = Counter()
+    for path in found:
+        if path in photos:
+            continue
+        if path.is_dir():
+            left_out["sub-folders or folders without photos"] += 1
+        else:
+            left_out[path.suffix.lower() or "files without a suffix"] += 1
     if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
-              + "; convert .heic to .jpg" * (".heic" in left_out))
-    return list(labels.items())
+        line = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+        if left_out.keys() & HEIC_SUFFIXES:
+            line += "; for HEIC photos, run: pip install pillow-heif"
+        print(f"left out of {folder}: {line}")
 
 
 def visible(folder):
@@ -830,8 +848,21 @@ def open_image(path):
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
+        raise UserError(f"{path}: {explain_unreadable(path, error)}") from error
+
+
+def explain_unreadable(path, error):
+    """What a file is that Pillow cannot read, and what to do."""
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs instead of an image; run: git lfs pull"
+    is_heic = start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")  # whatever its suffix
+    if is_heic and not HEIC_SUFFIXES & PHOTO_SUFFIXES:
+        return "a HEIC photo; run: pip install pillow-heif"
+    return (f"not a readable image ({error}); replace it with a good copy of the same name "
+            "(masks.py --verify lists all damaged photos), and the same command resumes")
 
 
 def open_rgb(path):
@@ -864,8 +895,13 @@ def open_pair(image, mask):
     """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
     photo, opened = open_rgb(image), open_mask(mask)
     if photo.size != opened.size:
-        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
-                        "the mask and run masks.py")
+        problem = f"{mask}: its size is {opened.size}, the photo's is {photo.size}"
+        with Image.open(image) as stored:
+            fits_as_stored = stored.size == opened.size
+        if fits_as_stored:
+            raise UserError(f"{problem}, because the photo's EXIF tag turns it; turn "
+                            "the mask in the same way")
+        raise UserError(f"{problem}; delete the mask and run masks.py")
     return photo, opened
 
 
@@ -934,12 +970,14 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
-    if sys.platform != "linux":
-        return 1.0
-    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
-    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    """Fraction of memory available, of this machine or container or job; 1.0 if unknown."""
+    free = [1.0]
+    with contextlib.suppress(OSError, KeyError):  # only Linux has this file, and not every sandbox
+        machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+        free.append(int(machine["MemAvailable"]) / int(machine["MemTotal"]))
+    groups = ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
     for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
         group = Path("/sys/fs/cgroup", version1, path)
         names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")

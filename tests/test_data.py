@@ -4,6 +4,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import bgbias
 import masks
 from bgbias import (
     SPLITS, Photos, UserError, list_backgrounds, list_photos, load_splits, mask_path, open_image, open_rgb, parse_args)
-from conftest import write_image
+from conftest import ROOT, write_image
 
 # ---- The three datasets --------------------------------------------------------------------------
 
@@ -261,7 +263,8 @@ def test_a_class_and_a_pool_hold_photos_only_and_the_rest_is_counted(shop, capsy
     splits, pool = load_splits(str(own)), pool_of(own)
     assert capsys.readouterr().out == ""
     for name in ("c0/a.txt", "c8/b.TXT", "c1/x.heic", "c1/.hidden.jpg", "readme.md", "loose.jpg", "b9/y.heic",
-                 "../backgrounds/val/z.txt", "../backgrounds/val/.hidden.jpg"):
+                 "c2/LICENSE", "c3/IMG_0001", "../backgrounds/val/z.txt", "../backgrounds/val/.hidden.jpg",
+                 "../backgrounds/val/IMG_2.HEIC"):
         (own / "images" / name).parent.mkdir(exist_ok=True)
         (own / "images" / name).touch()
     for folder in ("images/c0", "backgrounds/val"):
@@ -271,10 +274,24 @@ def test_a_class_and_a_pool_hold_photos_only_and_the_rest_is_counted(shop, capsy
     for split, before in zip(load_splits(str(own)).values(), splits.values(), strict=True):
         assert (split.images, split.masks) == (before.images, before.masks)
         assert split.labels.tolist() == before.labels.tolist()
-    line, = capsys.readouterr().out.splitlines()
-    assert sorted(re.findall(r"(\d+) (\.\w+|folders)", line)) == [
-        ("1", ".jpg"), ("1", ".md"), ("1", ".png"), ("1", ".webp"), ("1", "folders"), ("2", ".heic"), ("2", ".txt")]
+    heic = "; for HEIC photos, run: pip install pillow-heif\n"
+    rest = {".png", ".webp", "sub-folders or folders without photos"}  # one of each
+    line = capsys.readouterr().out
+    assert line.startswith(f"left out of {own}/images: ") and line.endswith(heic) and line.count("\n") == 1
+    assert left_out_in(line) == dict.fromkeys(rest | {".jpg", ".md"}, 1) | {
+        ".txt": 2, ".heic": 2, "files without a suffix": 2}
     assert pool_of(own) == pool
+    folder = own / "backgrounds/val"
+    bgbias.print_left_out(folder, bgbias.visible(folder), pool)
+    line = capsys.readouterr().out
+    assert line.startswith(f"left out of {folder}: ") and line.endswith(heic) and line.count("\n") == 1
+    assert left_out_in(line) == dict.fromkeys(rest | {".txt", ".heic"}, 1)
+
+
+def left_out_in(line):
+    """{what: how many} of "left out of FOLDER: 1 .jpg, 2 .txt; ..."."""
+    entries = line.partition(": ")[2].partition(";")[0].split(", ")
+    return {what: int(count) for count, what in (entry.split(" ", 1) for entry in entries)}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder")
@@ -457,6 +474,65 @@ def test_an_unreadable_image_is_named(suffix, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path}: "):
             open_rgb(path)
+
+
+def test_unreadable_files_that_have_a_remedy(tmp_path):
+    """A pointer of git-lfs, and a HEIC photo that an app has named .jpg."""
+    photo = tmp_path / "IMG_0001.jpg"
+    photo.write_text("version https://git-lfs.github.com/spec/v1\n"
+                     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
+    for opened in (open_image, open_rgb, bgbias.open_mask):
+        with pytest.raises(UserError, match=f"^{photo}: a pointer of git-lfs .*: git lfs pull$"):
+            opened(photo)
+    photo.write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(UserError, match=f"^{photo}: a HEIC photo; run: pip install pillow-heif$"):
+        open_rgb(photo)
+
+
+def test_heic_photos_are_read_if_pillow_heif_is_installed(tmp_path):
+    """By a stand-in with the same function, in a process of its own: photos are HEIC by their content."""
+    (tmp_path / "pillow_heif.py").write_text("""
+from PIL import Image
+
+def register_heif_opener():
+    Image.register_open("HEIF", lambda *args: Image.new("RGB", (3, 2), "red"), lambda start: start[4:12] == b"ftypheic")
+    Image.register_extensions("HEIF", [".heic", ".heif"])
+""")
+    for name in ("a.HEIC", "b.jpg", "c.txt"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(100))
+    script = ("import bgbias, pathlib; photos = bgbias.list_photos(pathlib.Path()); "
+              "print(*photos, *(bgbias.open_rgb(photo).size for photo in photos))")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths},
+                          capture_output=True, text=True)
+    assert done.stdout == "a.HEIC b.jpg (3, 2) (3, 2)\n", done.stderr
+
+
+@pytest.mark.parametrize("orientation, turned", [(1, False), (3, False), (6, True), (8, True)])
+def test_a_mask_that_fits_only_the_photo_as_it_is_stored(tmp_path, orientation, turned):
+    """Many tools ignore EXIF, and so do the masks that they write."""
+    exif, photo, mask = Image.Exif(), tmp_path / "photo.jpg", tmp_path / "mask.png"
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(photo, exif=exif)
+    Image.new("L", (40, 30)).save(mask)
+    if turned:
+        with pytest.raises(UserError, match=rf"^{mask}: .*\(40, 30\), .*\(30, 40\), because .*EXIF.* turn the mask"):
+            bgbias.open_pair(photo, mask)
+    else:
+        bgbias.open_pair(photo, mask)
+    Image.new("L", (41, 30)).save(mask)  # fits in neither way
+    with pytest.raises(UserError, match="delete the mask and run masks.py$"):
+        bgbias.open_pair(photo, mask)
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 1), ({"meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\n", "self/cgroup": "0::/\n"}, 1),
+    ({"meminfo": "MemTotal: 8000 kB\nMemAvailable: 2000 kB\n"}, 0.25)])
+def test_memory_that_a_sandbox_does_not_tell_counts_as_free(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        bgbias.write_text(tmp_path / "proc" / name, text)
+    monkeypatch.setattr(bgbias, "Path", lambda *parts: tmp_path.joinpath(*(str(part).lstrip("/") for part in parts)))
+    assert bgbias.free_memory() == expected
 
 
 def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):
