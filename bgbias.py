@@ -31,6 +31,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -854,13 +855,21 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
+with contextlib.suppress(ImportError):  # phones take HEIC photos, which Pillow alone cannot read
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
-PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
+SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
+           "cub200": "https://data.caltech.edu/records/65de6-vp158",
+           "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
+CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
 
 
 def dataset_root(dataset, data):
@@ -869,33 +878,61 @@ def dataset_root(dataset, data):
         return make_toy(Path(data, "toy"))
     if dataset in PLACES:
         for place in PLACES[dataset]:
-            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-                if found.exists():
-                    return found.parent
-        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; put it there (README, Reproduce the paper)")
+            for found in find_below(Path(data), place):
+                return found.parent
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor up to "
+                        f"two folders deeper; download it from {SOURCES[dataset]}")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
                         f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
+def find_below(folder, pattern):
+    """The paths that match a pattern in a folder, then those one and two folders deeper. Hidden
+    folders are skipped: run_all.sh unpacks into one."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        found += sorted(folder.glob(depth + pattern))
+    return [path for path in found if not is_hidden(path.relative_to(folder))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def list_cars196(root):
-    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
+    """[(path, label)] of cars_train/ and cars_test/, or of car_ims/. Raises UserError."""
+    if (root / "cars_train").is_dir() and (root / "cars_test").is_dir():
+        listed = (read_cars196(root, "cars_train", "cars_train_annos") +
+                  read_cars196(root, "cars_test", "cars_test_annos_withlabels"))
+    elif (root / "car_ims").is_dir():
+        listed = read_cars196(root, "car_ims", "cars_annos")
+    else:
+        raise UserError(f"{root}: cars_test/ is missing; download it from {SOURCES['cars196']}")
+    first = min(number for _, number in listed)  # 1 in the official lists, 0 in some copies
+    return [(path, number - first) for path, number in listed]
+
+
+def read_cars196(root, folder, name):
+    """[(path, number of the class)] of one folder, from the list NAME.mat. Raises UserError."""
     from scipy.io import loadmat
 
-    if (root / "car_ims").is_dir():
-        files = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    listed = []
-    for file, folder, field in files:
-        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
-        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-    return listed
+    photos = root / folder
+    if (photos / folder).is_dir():  # Kaggle's cars_train/cars_train/
+        photos = photos / folder
+    # A browser may name a list "cars_annos (1).mat". The devkit's list of cars_test/ has no labels.
+    for path in find_below(root, name.removesuffix("_withlabels") + "*.mat"):
+        try:
+            rows = loadmat(str(path), simplify_cells=True)["annotations"]
+        except Exception as error:  # scipy raises nearly anything
+            raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
+                            f"{CARS196_LISTS}") from error
+        if "class" in rows[0]:
+            field = "fname" if "fname" in rows[0] else "relative_im_path"
+            return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
+    raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
+                    f"it from {CARS196_LISTS} into this folder")
 
 
 def list_sop(root):
@@ -907,16 +944,30 @@ def list_sop(root):
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    folders, labels = visible(root / "images"), {}
-    for label, folder in enumerate(filter(list_photos, folders)):
-        labels |= dict.fromkeys(list_photos(folder), label)
-    found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
-                       path.suffix.lower() or path.name for path in found if path not in labels)
+    folders = visible(root / "images")
+    classes = [photos for photos in map(list_photos, folders) if photos]
+    listed = [(photo, label) for label, photos in enumerate(classes) for photo in photos]
+    found = itertools.chain(*(visible(folder) or [folder] for folder in folders))
+    print_left_out(root / "images", found, [photo for photo, _ in listed])
+    return listed
+
+
+def print_left_out(folder, found, photos):
+    """Prints how many of the paths that were found in a folder are not among its photos."""
+    photos = set(photos)
+    left_out = Counter()
+    for path in found:
+        if path in photos:
+            continue
+        if path.is_dir():
+            left_out["sub-folders or folders without photos"] += 1
+        else:
+            left_out[path.suffix.lower() or "files without a suffix"] += 1
     if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
-              + "; convert .heic to .jpg" * (".heic" in left_out))
-    return list(labels.items())
+        line = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+        if left_out.keys() & HEIC_SUFFIXES:
+            line += "; for HEIC photos, run: pip install pillow-heif"
+        print(f"left out of {folder}: {line}")
 
 
 def visible(folder):
@@ -959,7 +1010,13 @@ def load_splits(dataset, data="data", *, measure=None, need_masks=True):
     masks = [mask_path(root, image) for image in images]
     if dataset in SPLITS:
         check_counts(dataset, root, labels)
-    check_files(dataset, data, root, images, masks, need_masks)
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); download "
+                        f"{dataset} again from {SOURCES[dataset]}")
+    if need_masks:
+        where = f" --data {data}" if dataset in SPLITS else ""
+        check_mask_files(root, masks, f"python masks.py --dataset {dataset}{where}")
 
     photos = Split(images, masks, labels)
     left_out = choose(photos, labels < 0)  # none
@@ -1018,22 +1075,6 @@ def check_counts(dataset, root, labels):
                         f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
 
 
-def check_files(dataset, data, root, images, masks, need_masks):
-    """Raises UserError if photos share a mask, or if files are missing."""
-    for mask, photos in Counter(masks).most_common(1):
-        if photos > 1:
-            raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images if not path.is_file()]
-    remedy = f"unpack {root} again"
-    if need_masks and not missing:
-        missing = [path for path in masks if not path.is_file()]
-        remedy = f"run: python masks.py --dataset {dataset}"
-        if dataset in SPLITS:
-            remedy += f" --data {data}"
-    if missing:
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
-
-
 def find_unusable(masks):
     """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
     they are the most."""
@@ -1046,6 +1087,42 @@ def find_unusable(masks):
         print(f"left out: {unusable.sum():,} of {len(masks):,} photos, because their mask is "
               "nearly empty or full (left_out.csv in the run's folder)")
     return unusable
+
+
+def check_mask_files(root, masks, command):
+    """Raises UserError if two photos share a mask or if masks are missing. `command` is masks.py's
+    for this dataset."""
+    shared = shared_masks(masks)
+    if shared:
+        raise UserError(f"{shared[0]}: two photos share this mask (in total: {len(shared):,} such "
+                        f"masks); rename the photos that this command lists: {command} --verify")
+    missing = [mask for mask in masks if not mask.is_file()]
+    if missing:
+        # Masks made by hand are perhaps there under other names. masks.py would make them anew.
+        remedy = f"run: {command}"
+        strays = describe_strays(root, masks)
+        if strays:
+            remedy = f"{strays}: rename or delete them, then {remedy}"
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} masks); {remedy}")
+
+
+def shared_masks(masks):
+    """The masks that belong to two photos or more, such as b.jpg and b.png, in their order."""
+    return [mask for mask, photos in Counter(masks).items() if photos > 1]
+
+
+def describe_strays(root, masks):
+    """Says how many files in ROOT/masks are no photo's mask; "" if there are none."""
+    expected = set(masks)
+    strays = [path for path in sorted((root / "masks").rglob("*")) if path not in expected
+              and path.is_file() and not is_hidden(path.relative_to(root))]
+    if not strays:
+        return ""
+    text = f"{root / 'masks'} has {len(strays):,} files that fit no photo, such as {strays[0]}"
+    same_letters = {unicodedata.normalize("NFC", str(mask)) for mask in masks}
+    if unicodedata.normalize("NFC", str(strays[0])) in same_letters:
+        text += " (it differs from a photo's mask only in the Unicode form of its name)"
+    return text
 
 
 # ---- 10. Photos ----------------------------------------------------------------------------------
@@ -1063,8 +1140,21 @@ def open_image(path):
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
+        raise UserError(f"{path}: {explain_unreadable(path, error)}") from error
+
+
+def explain_unreadable(path, error):
+    """What a file is that Pillow cannot read, and what to do."""
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs instead of an image; run: git lfs pull"
+    is_heic = start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")  # whatever its suffix
+    if is_heic and not HEIC_SUFFIXES & PHOTO_SUFFIXES:
+        return "a HEIC photo; run: pip install pillow-heif"
+    return (f"not a readable image ({error}); replace it with a good copy of the same name "
+            "(masks.py --verify lists all damaged photos), and the same command resumes")
 
 
 def open_rgb(path):
@@ -1097,16 +1187,26 @@ def open_pair(image, mask):
     """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
     photo, opened = open_rgb(image), open_mask(mask)
     if photo.size != opened.size:
-        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
-                        "the mask and run masks.py")
+        problem = f"{mask}: its size is {opened.size}, the photo's is {photo.size}"
+        with Image.open(image) as stored:
+            fits_as_stored = stored.size == opened.size
+        if fits_as_stored:
+            raise UserError(f"{problem}, because the photo's EXIF tag turns it; turn "
+                            "the mask in the same way")
+        raise UserError(f"{problem}; delete the mask and run masks.py")
     return photo, opened
 
 
 def mask_faults(mask):
     """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
+    foreground, grey = mask_shares(mask)
+    return foreground < EMPTY, foreground > FULL, grey > FUZZY, foreground
+
+
+def mask_shares(mask):
+    """(share of foreground, share of grey) of the pixels of a mask."""
     pixels = np.asarray(mask)
-    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
-    return share < EMPTY, share > FULL, grey > FUZZY, share
+    return (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
 
 
 @functools.cache
@@ -1192,12 +1292,14 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
-    if sys.platform != "linux":
-        return 1.0
-    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
-    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    """Fraction of memory available, of this machine or container or job; 1.0 if unknown."""
+    free = [1.0]
+    with contextlib.suppress(OSError, KeyError):  # only Linux has this file, and not every sandbox
+        machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+        free.append(int(machine["MemAvailable"]) / int(machine["MemTotal"]))
+    groups = ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
     for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
         group = Path("/sys/fs/cgroup", version1, path)
         names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
@@ -1878,7 +1980,8 @@ def report(folder, only=None):
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # The name of the folder is short, because a file's name may be as long as the system allows.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
         save(draft)
         draft.replace(path)
