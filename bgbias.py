@@ -274,7 +274,7 @@ class Embedder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
-        self.features = count_features(backbone, self.backbone.eval(), size)
+        self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
@@ -1011,10 +1011,23 @@ def load_hub(name, weights):
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
-    for module in network.modules():
-        if weights == "none" and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    if weights == "none":
+        randomise(network)
     return network
+
+
+@torch.no_grad()
+def randomise(network):
+    """Makes every parameter random: by the reset_parameters() of its module or, if there is none,
+    as for class tokens, by a random order of its values. Those keep their distribution."""
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in network.named_parameters():
+        if torch.equal(parameter, before[name]):
+            order = torch.randperm(parameter.numel())
+            parameter.copy_(before[name].flatten()[order].view_as(parameter))
 
 
 def load_weights(network, state):
@@ -1025,27 +1038,82 @@ def load_weights(network, state):
 
 def input_scaling(name, network):
     """The network input: the order of the channels, and the mean and standard deviation of pixels
-    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    in [0, 255]. They are ImageNet's unless the network, or torchvision for it, states others."""
     if name == "bninception":
         return BGR_CAFFE
-    order, *scaling = RGB_IMAGENET
-    for i, attribute in enumerate(("mean", "std")):
-        if ":" in name and hasattr(network, attribute):
-            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
-            if scaling[i].max() > 255:
-                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
-    return order, *scaling
+    order, mean, std = RGB_IMAGENET
+    if name in TORCHVISION:
+        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        mean = [255 * value for value in transforms.mean]
+        std = [255 * value for value in transforms.std]
+    if ":" in name:
+        mean = stated_scaling(name, network, "mean") or mean
+        std = stated_scaling(name, network, "std") or std
+    return order, mean, std
+
+
+def stated_scaling(name, network, attribute):
+    """The attribute `mean` or `std` of a network from a folder, or else that of timm's
+    `pretrained_cfg`, for pixels in [0, 255]; None if neither is stated. Raises UserError."""
+    config = getattr(network, "pretrained_cfg", None)
+    from_timm = config.get(attribute) if isinstance(config, dict) else None
+    values = three_numbers(getattr(network, attribute, None)) or three_numbers(from_timm)
+    if not values:
+        return None
+    if max(values) > 1:
+        raise UserError(f"--backbone {name}: its {attribute} exceeds 1; divide it by 255")
+    if attribute == "std" and min(values) <= 0:
+        raise UserError(f"--backbone {name}: its std is not above 0; give the standard deviation "
+                        "of pixels in [0, 1]")
+    return [255 * value for value in values]
+
+
+def three_numbers(value):
+    """One number, or three in any shape, as a list of three; None for all else, as for a method."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if len(numbers) == 1:
+        return 3 * numbers
+    return numbers if len(numbers) == 3 else None
 
 
 @torch.no_grad()
 def count_features(name, network, size):
-    """The number of features of a network. Raises UserError if it does not give (B, features)."""
-    output = network(torch.zeros(2, 3, size, size))
-    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-        raise UserError(f"--backbone {name}: its output for 2 images is "
-                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+    """The number of features of an Embedder's backbone. Raises UserError if it does not give
+    (B, features), or if the features of an image depend on its batch, as in training mode."""
+    buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
+    pixels = 255 * torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = network.normalise(pixels)
+    with torch.random.fork_rng(devices=[]):  # dropout in training mode draws random numbers
+        alone = compute_features(name, network, images[:1])
+        together = compute_features(name, network, images)
+    for key, buffer in network.named_buffers():  # running statistics in training mode have moved
+        if key in buffers and buffer.shape == buffers[key].shape:
+            buffer.copy_(buffers[key])
+    change = float((together[0] - alone[0]).norm() / alone[0].norm().clamp(min=1e-30))
+    if change > 0.01:
+        raise UserError(f"--backbone {name}: the features of an image change by {change:.0%} of "
+                        "their length if it is in a batch of three; let eval() reach all dropout "
+                        "and BatchNorm (modules in a plain list are not registered)")
+    return alone.shape[1]
+
+
+def compute_features(name, network, images):
+    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    count, size = len(images), images.shape[-1]
+    try:
+        features = network.backbone(images)
+    except Exception as error:  # the network of a user raises nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
+                        "give a network that takes any number of images of this size") from error
+    if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
+        raise UserError(f"--backbone {name}: its output for {count} images is "
+                        f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
-    return output.shape[1]
+    return features.float()
 
 
 def has_gradient(network, size):

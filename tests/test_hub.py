@@ -173,11 +173,45 @@ def test_mean_and_std_of_its_own(root, embedding):
     assert scores[0]["clean"] != imagenet["test"]["clean"]  # so it makes a difference
 
 
-@pytest.mark.parametrize("name, value", [("M", "(123.7, 116.3, 103.5)"), ("S", "(0.2, 0.2, 1.1)")])
-def test_error_mean_or_std_above_1(root, tmp_path, failure, name, value):
+@pytest.mark.parametrize("name, value, word", [
+    ("M", "(123.7, 116.3, 103.5)", "mean"), ("S", "(0.2, 0.2, 1.1)", "std"), ("S", "(0.2, 0, 0.2)", "std")])
+def test_error_scaling(root, tmp_path, failure, name, value, word):
     write_hubconf(tmp_path / "odd", f"{HUBCONF}{name} = {value}\n")
     line = failure(command(root, f"{UNTRAINED} --backbone {tmp_path}/odd:told", "failed"))
-    assert f"--backbone {tmp_path}/odd:told" in line and {"M": "mean", "S": "std"}[name] in line
+    assert f"--backbone {tmp_path}/odd:told: its {word} " in line
+
+
+class Stated(torch.nn.Module):
+    """A network that states what the test gives it."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+TIMM = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+SCALINGS = [
+    ({}, IMAGENET),
+    ({"mean": 0.5, "std": 0.25}, ((127.5,) * 3, (63.75,) * 3)),
+    ({"mean": torch.tensor(0.5), "std": np.float64(0.25)}, ((127.5,) * 3, (63.75,) * 3)),
+    ({"mean": torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1), "std": np.full((3, 1, 1), 0.2)},
+     ((51, 102, 153), (51,) * 3)),
+    ({"mean": torch.nn.Parameter(torch.full((3,), 0.2))}, ((51,) * 3, IMAGENET[1])),  # each on its own
+    ({"std": [0.2] * 3}, (IMAGENET[0], (51,) * 3)),
+    ({"mean": lambda: 0.5, "std": [0.2] * 4}, IMAGENET),  # a method; too many
+    ({"mean": None, "std": "0.2"}, IMAGENET),
+    ({"pretrained_cfg": TIMM}, ((122.4, 117.3, 104.55), (68.85, 66.3, 71.4))),
+    ({"pretrained_cfg": TIMM, "mean": 0.2, "std": lambda: 1}, ((51,) * 3, (68.85, 66.3, 71.4))),  # its own first
+    ({"pretrained_cfg": {"url": ""}}, IMAGENET), ({"pretrained_cfg": None}, IMAGENET)]
+
+
+@pytest.mark.parametrize("attributes, scaling", SCALINGS)
+def test_scaling_that_a_network_states(attributes, scaling):
+    order, mean, std = bgbias.input_scaling("folder:name", Stated(**attributes))
+    assert order == [0, 1, 2]
+    assert (mean, std) == (pytest.approx(scaling[0], rel=1e-6), pytest.approx(scaling[1], rel=1e-6))
 
 
 # ---- Without gradients ---------------------------------------------------------------------------
@@ -286,6 +320,36 @@ def test_weights_none_makes_them_random(root, untrained):
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
+class Attention(torch.nn.Module):
+    """Parameters that no reset_parameters() reaches: in_proj_weight, in_proj_bias, and a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.linspace(-1, 1, 8).view(1, 2, 4))
+        self.attention = torch.nn.MultiheadAttention(4, 2)
+        self.norm = torch.nn.LayerNorm(4)
+        self.scale = torch.nn.Parameter(torch.full((4,), 0.1))
+
+
+def test_weights_none_reaches_every_parameter():
+    def randomised(seed):
+        network = Attention()
+        network.load_state_dict(learned)
+        torch.manual_seed(seed)
+        bgbias.randomise(network)
+        return network.state_dict()
+
+    learned = {name: value + 0.1 * torch.rand(value.shape) for name, value in Attention().state_dict().items()}
+    learned["scale"] = torch.full((4,), 0.1)  # all equal: there is nothing that it could have learned
+    first, again, other = (randomised(seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in learned)
+    assert [name for name in learned if torch.equal(first[name], learned[name])] == ["scale"]
+    assert not torch.equal(first["attention.in_proj_weight"], other["attention.in_proj_weight"])
+    for name in ("token", "attention.in_proj_weight", "attention.in_proj_bias"):
+        assert torch.equal(first[name].flatten().sort().values, learned[name].flatten().sort().values)
+    assert first["norm.weight"].tolist() == [1] * 4  # by its reset_parameters()
+
+
 def test_its_own_weights_are_not_imagenet(root, untrained, failure):
     assert result(untrained)["args"]["weights"] == "own"
     line = failure(command(root, f"{UNTRAINED} --weights imagenet", "failed"))
@@ -314,6 +378,92 @@ def test_error_output(root, tmp_path, failure, output, flags):
     line = failure(command(root, f"{flags} --backbone {tmp_path}/odd:odd", "failed"))
     assert f"--backbone {tmp_path}/odd:odd" in line
     assert not (root / "failed").exists()
+
+
+# Networks that eval() does not reach, and others whose features an image shares with its batch.
+BATCHES = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.hidden = [self.make()]
+    def make(self):
+        return nn.Identity()
+    def forward(self, x):
+        return self.hidden[0](self.first(x)).mean((2, 3))
+class NormInList(Base):
+    def make(self):
+        return nn.BatchNorm2d(8)
+class DropoutInList(Base):
+    def make(self):
+        return nn.Dropout()
+class FunctionalDropout(Base):
+    def forward(self, x):
+        return F.dropout(super().forward(x))  # training=True is its default
+class AlwaysTraining(DropoutInList):
+    def __init__(self):
+        super().__init__()
+        self.registered = self.hidden[0]
+    def train(self, mode=True):
+        return super().train(True)
+class Centred(Base):
+    def forward(self, x):
+        features = super().forward(x)
+        return features - 0.1 * features.mean(0)
+class NormOfOne(Base):
+    def forward(self, x):
+        features = super().forward(x)
+        return F.batch_norm(features, None, None, training=True)  # refuses a single image
+class OneImage(Base):
+    def forward(self, x):
+        if len(x) != 1:
+            raise ValueError("index: 0 Got: 3 Expected: 1\\nPlease fix")
+        return super().forward(x)
+class Counting(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(0))
+    def forward(self, x):
+        torch.rand(1)
+        self.calls = self.calls + 1
+        self.cache = torch.zeros(len(x))
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_batches(root):
+    write_hubconf(root / "batches", BATCHES)
+    return root / "batches"
+
+
+@pytest.mark.parametrize("name", ["NormInList", "DropoutInList", "FunctionalDropout", "AlwaysTraining", "Centred"])
+def test_error_features_depend_on_the_batch(root, in_batches, failure, name):
+    line = failure(command(root, f"{UNTRAINED} --backbone {in_batches}:{name}", "failed"))
+    assert f"--backbone {in_batches}:{name}: the features of an image change by " in line and "eval()" in line
+    assert not (root / "failed").exists()
+
+
+@pytest.mark.parametrize("name, words", [("NormOfOne", "1 images of 16 px (ValueError: Expected more than 1"),
+                                         ("OneImage", "3 images of 16 px (ValueError: index: 0 Got: 3 Expected: 1)")])
+def test_error_fails_on_some_batch(root, in_batches, failure, name, words):
+    line = failure(command(root, f"{UNTRAINED} --backbone {in_batches}:{name}", "failed"))
+    assert f"--backbone {in_batches}:{name}: it fails on {words}" in line and "any number of images" in line
+
+
+def test_the_check_of_a_network_leaves_no_trace(in_batches):
+    """Neither in its buffers nor in the global random state."""
+    torch.manual_seed(3)
+    network = bgbias.Embedder(f"{in_batches}:Counting", "own", SIZE, 0)
+    found = torch.rand(2)
+    assert network.backbone.calls == 0
+    torch.manual_seed(3)
+    torch.nn.Conv2d(3, 8, 3)
+    assert torch.equal(found, torch.rand(2))
 
 
 def test_features_in_half_precision(root, tmp_path, untrained):

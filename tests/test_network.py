@@ -278,6 +278,14 @@ def test_normalise_by_hand(bninception):
     assert usual.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name, mean, std", [
+    ("efficientnet_v2_l", (127.5,) * 3, (127.5,) * 3),  # the only one of torchvision's 80 with another scaling
+    ("efficientnet_v2_m", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ("smallconv", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))])
+def test_scaling_of_torchvision_networks(name, mean, std):
+    assert bgbias.input_scaling(name, None) == ([0, 1, 2], pytest.approx(mean), pytest.approx(std))
+
+
 @pytest.mark.parametrize("backbone, weights", [
     ("resnet19", "none"), ("fcn_resnet50", "none"), ("smallconv", "imagenet")])
 def test_an_unknown_backbone_is_named(backbone, weights):
