@@ -277,6 +277,7 @@ class Embedder(nn.Module):
         self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
+        load_head(self.head, weights)
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -970,18 +971,36 @@ BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52de
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
+def default_weights(name):
+    """The default ImageNet weights of a torchvision network, which state its size and scaling."""
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def default_image_size(name, dataset):
+    """The side of the crops without --image-size. A torchvision network has its own, whatever its
+    weights are; on toy, whose photos are small, it has no more than it needs."""
+    size = (TOY_DEFAULTS if dataset == "toy" else DEFAULTS)["image_size"]
+    if name not in TORCHVISION:
+        return size
+    if dataset == "toy":
+        return max(size, *default_weights(name).meta["min_size"])
+    return default_weights(name).transforms().crop_size[0]
+
+
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
-    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    (what FOLDER:NAME returns), none (random) or a file; see read_weights(). Raises UserError."""
     try:
         network = build_network(name, weights)
     except URLError as error:
         raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
                         "file that you have with --weights FILE") from error
-    if weights not in ("imagenet", "own", "none"):
-        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    removed = ("last_linear",) if name == "bninception" else ()
     if name in TORCHVISION:
-        remove_classifier(network)
+        removed = remove_classifiers(network)
+    if is_file(weights):
+        state, _ = read_weights(weights)
+        fit_weights(network, state, removed, weights)
     return network
 
 
@@ -995,13 +1014,28 @@ def build_network(name, weights):
         network = BNInception()
         if weights == "imagenet":
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-            load_weights(network, state)
+            fit_weights(network, state, ("last_linear",), weights)
         return network
     if name in TORCHVISION:
         pretrained = "DEFAULT" if weights == "imagenet" else None
         return torchvision.models.get_model(name, weights=pretrained)
     raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
                     "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+
+
+def remove_classifiers(network):
+    """Replaces the last layer with 1000 outputs of a torchvision network by nn.Identity(), removes
+    auxiliary classifiers, and returns the paths of both."""
+    removed = [name for name in ("aux1", "aux2", "AuxLogits") if hasattr(network, name)]
+    for name in removed:  # of GoogLeNet and Inception v3, which need larger images in training
+        setattr(network, name, None)
+    # Otherwise these two return auxiliary outputs, and do not scale their input.
+    network.aux_logits, network.transform_input = False, True
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
+    return (*removed, classifiers[-1])
 
 
 def load_hub(name, weights):
@@ -1011,6 +1045,8 @@ def load_hub(name, weights):
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
+    network = getattr(network, "_orig_mod", network)  # without torch.compile()
+    network = network.cpu().float()
     if weights == "none":
         randomise(network)
     return network
@@ -1030,10 +1066,78 @@ def randomise(network):
             parameter.copy_(before[name].flatten()[order].view_as(parameter))
 
 
-def load_weights(network, state):
-    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
-    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
-    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+def is_file(weights):
+    return weights not in ("imagenet", "own", "none")
+
+
+def read_weights(file):
+    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
+    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
+    try:
+        if Path(file).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"--weights {file}: cannot be read; pip install safetensors") from error
+    except Exception as error:  # torch.load raises nearly anything
+        raise UserError(f"--weights {file}: not a file of weights ({type(error).__name__}); save "
+                        "a network's state_dict() with torch.save()") from error
+    if isinstance(content, dict) and {"network", "history"} <= content.keys():  # of State.save()
+        return below("backbone.", content["network"]), below("head.", content["network"])
+    for key in ("state_dict", "model"):  # of PyTorch Lightning, and of torchvision's own scripts
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
+        raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
+                        "with torch.save()")
+    return content, {}
+
+
+def below(prefix, state):
+    """The entries of a state dict whose names have this prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix)}
+
+
+def fit_weights(network, state, removed, weights):
+    """Loads a state dict, except what belongs to the removed classifiers. If it does not fit, it
+    loads nothing and raises a UserError that names the first tensor."""
+    own, given = network.state_dict(), {}
+    for name, value in state.items():
+        if name not in own:  # these prefixes come from DataParallel and torch.compile()
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if not name.startswith(tuple(f"{path}." for path in removed)):
+            given[name] = value
+    for name in own | given:
+        ours, theirs = shape_of(name, own), shape_of(name, given)
+        if theirs == "missing" and name.endswith("num_batches_tracked"):
+            continue  # files of old PyTorch versions lack it, and nothing uses it
+        if ours != theirs:
+            raise UserError(f"--weights {weights}: {name} does not fit (in the file: {theirs}, in "
+                            f"the network: {ours}); give weights of this --backbone")
+    own.update(given)  # unlike many files, `own` knows the versions of its modules
+    network.load_state_dict(own)
+
+
+def shape_of(name, state):
+    return list(getattr(state[name], "shape", ())) if name in state else "missing"
+
+
+def load_head(head, weights):
+    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else {}
+    if not saved:
+        return
+    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+        head.load_state_dict(saved)
+        print(f"--weights {weights}: the backbone and the linear layer of a run")
+    else:
+        print(f"--weights {weights}: the backbone of a run, without its linear layer, whose size "
+              f"is {len(saved['bias'])}")
 
 
 def input_scaling(name, network):
@@ -1043,7 +1147,7 @@ def input_scaling(name, network):
         return BGR_CAFFE
     order, mean, std = RGB_IMAGENET
     if name in TORCHVISION:
-        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        transforms = default_weights(name).transforms()
         mean = [255 * value for value in transforms.mean]
         std = [255 * value for value in transforms.std]
     if ":" in name:
@@ -1107,6 +1211,10 @@ def compute_features(name, network, images):
         features = network.backbone(images)
     except Exception as error:  # the network of a user raises nearly anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if name in TORCHVISION:
+            right = default_weights(name).transforms().crop_size[0]
+            raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
+                            f"--image-size {right}") from error
         raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
                         "give a network that takes any number of images of this size") from error
     if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
@@ -1133,16 +1241,6 @@ def check_trainable(args, network):
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"--backbone {args.backbone}: no parameter requires a gradient; leave out "
                         "--embedding 0 to train a linear layer on top")
-
-
-def remove_classifier(network):
-    """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
-    network.aux_logits, network.transform_input = False, True
-    classifiers = [path for path, layer in network.named_modules() if 1000 in
-                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, classifier = classifiers[-1].rpartition(".")
-    setattr(network.get_submodule(parent), classifier, nn.Identity())
 
 
 # ---- 13. Toy -------------------------------------------------------------------------------------
@@ -1417,6 +1515,7 @@ def parse_args(argv=None):
         **TOY_DEFAULTS if known.dataset == "toy" else DEFAULTS,
         backgrounds=str(pools.get(known.dataset, Path(known.dataset, "backgrounds"))),
         select="replaced" if known.bgaugment else "clean")
+    parser.set_defaults(image_size=default_image_size(known.backbone, known.dataset))
     if ":" in known.backbone:
         parser.set_defaults(weights="own")
     args = parser.parse_args(argv)

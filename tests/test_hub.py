@@ -367,6 +367,45 @@ def test_weights_of_a_file(root, tmp_path):
     assert all(torch.equal(loaded[f"backbone.{name}"], value) for name, value in state.items())
 
 
+def test_weights_of_a_run(root, trained, capsys):
+    """Its backbone, and its linear layer if that has the right size. One line says which."""
+    def states(flags):
+        capsys.readouterr()
+        args = bgbias.parse_args(command(root, f"--weights {trained}/best.pt {flags}", "runs"))
+        torch.manual_seed(0)
+        network = bgbias.Embedder(args.backbone, args.weights, args.image_size, args.embedding)
+        line, = capsys.readouterr().out.splitlines()
+        return line, network.state_dict()
+
+    saved = weights(trained)
+    line, state = states("--embedding 16")
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    assert line == f"--weights {trained}/best.pt: the backbone and the linear layer of a run"
+    for embedding in (5, 0):
+        line, state = states(f"--embedding {embedding}")
+        assert all(torch.equal(state[name], saved[name]) for name in saved if name.startswith("backbone."))
+        assert "without its linear layer, whose size is 16" in line
+    assert "head.weight" not in state
+
+
+def test_weights_of_a_run_with_another_network(root, trained, failure):
+    line = failure(command(root, f"--backbone smallconv --weights {trained}/best.pt", "failed"))
+    assert f"--weights {trained}/best.pt: 0.weight does not fit" in line and not (root / "failed").exists()
+
+
+@pytest.mark.parametrize("change", ["network.half()", "network.double()", "torch.compile(network)",
+                                    "torch.compile(network.bfloat16())"])
+def test_a_network_in_another_state(root, tmp_path, change):
+    """A compiled network, or one in another precision, is measured in float32 and not compiled."""
+    text = f"{HUBCONF}def changed():\n    network = net()\n    return {change}\n"
+    write_hubconf(tmp_path / "changed", text)
+    network = bgbias.Embedder(f"{tmp_path}/changed:changed", "own", SIZE, 0)
+    x = torch.rand(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(network(x), F.normalize(network_itself()(x), dim=1), atol=0.01, rtol=0)
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32, torch.int64}
+    assert network.state_dict().keys() == {f"backbone.{name}" for name in network_itself().state_dict()}
+
+
 # ---- Odd networks --------------------------------------------------------------------------------
 
 
