@@ -1243,6 +1243,49 @@ def check_trainable(args, network):
                         "--embedding 0 to train a linear layer on top")
 
 
+def saved_result(run):
+    """The content of a finished run's result.json. Raises UserError if there is none."""
+    file = Path(run, "result.json")
+    if not file.is_file():
+        raise UserError(f"{run}: not a finished run; give a folder with a result.json")
+    return json.loads(file.read_text())
+
+
+def load_embedder(run, args):
+    """The Embedder of a run's best epoch, in eval mode. Without gradients of its weights, the
+    gradients of its input need less memory."""
+    network = Embedder(args.backbone, "none", args.image_size, args.embedding)
+    saved = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+class PixelEmbedder(nn.Module):
+    """An Embedder that scales its input: (B, 3, S, S) RGB in [0, 255] -> (B, D) of unit length. So
+    nobody can feed an exported file wrongly."""
+
+    def __init__(self, embedder):
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images):
+        return self.embedder(self.embedder.normalise(images.float()))
+
+
+def load_network(run, device="cpu"):
+    """(network, preprocess) of a finished run, for use in other programs. preprocess(path) gives a
+    photo (3, S, S) uint8, upright, resized and cropped as in the test. network is a PixelEmbedder
+    in eval mode. Raises UserError if the run is not finished."""
+    args = argparse.Namespace(**saved_result(run)["args"])
+
+    def preprocess(path):
+        photo = Photos([path], None, args.image_size, keep=False)[0]
+        return TF.center_crop(photo, args.image_size)
+
+    network = PixelEmbedder(load_embedder(run, args))
+    return network.eval().to(device), preprocess
+
+
 # ---- 13. Toy -------------------------------------------------------------------------------------
 
 

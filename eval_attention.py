@@ -12,7 +12,6 @@ best.pt or mask recomputes them.
 """
 
 import argparse
-import json
 from collections import namedtuple
 from pathlib import Path
 
@@ -91,7 +90,7 @@ Run = namedtuple("Run", "folder args split tested")  # split: the test photos
 
 def load_run(folder, device):
     """The finished Run in `folder`. Raises UserError if its data is missing."""
-    saved = json.loads(Path(folder, "result.json").read_text())
+    saved = bgbias.saved_result(folder)
     args = argparse.Namespace(**{**saved["args"], "device": device, "workers": None})
     bgbias.choose_device(args)
     splits = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)
@@ -103,12 +102,10 @@ def load_run(folder, device):
 def network_of(run, *, trained=True):
     """The network of the run's best epoch, or one with random weights."""
     args = run.args
+    if trained:
+        return bgbias.load_embedder(run.folder, args).to(args.device)
     torch.manual_seed(seed_of(args.seed, RANDOM))
     network = bgbias.Embedder(args.backbone, "none", args.image_size, args.embedding)
-    if trained:
-        saved = torch.load(run.folder / "best.pt", map_location="cpu", weights_only=True)
-        network.load_state_dict(saved["network"])
-    # Without gradients of the weights, the backward pass needs less memory.
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 

@@ -3,10 +3,12 @@ and trained, against what the tests compute from the network itself."""
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import bgbias
@@ -404,6 +406,41 @@ def test_a_network_in_another_state(root, tmp_path, change):
     torch.testing.assert_close(network(x), F.normalize(network_itself()(x), dim=1), atol=0.01, rtol=0)
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32, torch.int64}
     assert network.state_dict().keys() == {f"backbone.{name}" for name in network_itself().state_dict()}
+
+
+# ---- Using the result ----------------------------------------------------------------------------
+
+
+def test_load_network_finds_the_numbers_of_the_test_again(root, trained):
+    network, preprocess = bgbias.load_network(trained)
+    files = sorted((root / "shop/images").glob("*/*"))[33:]  # those of the test
+    photos = torch.stack([preprocess(str(file)) for file in files])
+    assert photos.shape == (33, 3, SIZE, SIZE) and photos.dtype == torch.uint8
+    expected = torch.stack([pixels_of(file, SIZE) for file in files])
+    assert (photos - expected).abs().max() <= 1
+    embeddings = network(photos)
+    assert embeddings.shape == (33, 16) and not embeddings.requires_grad
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(33))
+    assert not any(module.training for module in network.modules())
+    metrics = bgbias.retrieval_metrics(embeddings, np.repeat(np.arange(11), 3), (1,))
+    test = result(trained)["test"]["clean"][0]
+    assert {name: test[name] for name in metrics} == pytest.approx(metrics, abs=1e-9)
+    torch.testing.assert_close(network(photos[:1].float()), embeddings[:1])  # pixels of any type
+
+
+def test_load_network_turns_photos_upright(root, trained, tmp_path):
+    _, preprocess = bgbias.load_network(str(trained), device="cpu")
+    file = root / "shop/images/c00/p0.png"
+    exif = Image.Exif()
+    exif[274] = 6  # stored turned by 90 degrees
+    Image.open(file).transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(preprocess(tmp_path / "turned.png"), preprocess(file))
+
+
+def test_error_load_network_of_an_unfinished_run(root, trained, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path)
+    with pytest.raises(bgbias.UserError, match=f"^{tmp_path}: not a finished run; "):
+        bgbias.load_network(tmp_path)
 
 
 # ---- Odd networks --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,7 +370,7 @@ def test_safetensors_if_installed(tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     torch.save(resnet_state(), file)  # the package is no requirement, so the test brings a stand-in
     package = types.ModuleType("safetensors.torch")
-    package.load_file = lambda path: torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+    package.load_file = lambda path: torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
     monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
     monkeypatch.setitem(sys.modules, "safetensors.torch", package)
     state = bgbias.build_backbone("resnet18", str(file)).state_dict()
