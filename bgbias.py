@@ -360,9 +360,10 @@ class Embedder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
-        self.features = count_features(backbone, self.backbone.eval(), size)
+        self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
+        load_head(self.head, weights)
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -1476,18 +1477,36 @@ BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52de
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
+def default_weights(name):
+    """The default ImageNet weights of a torchvision network, which state its size and scaling."""
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def default_image_size(name, dataset):
+    """The side of the crops without --image-size. A torchvision network has its own, whatever its
+    weights are; on toy, whose photos are small, it has no more than it needs."""
+    size = (TOY_DEFAULTS if dataset == "toy" else DEFAULTS)["image_size"]
+    if name not in TORCHVISION:
+        return size
+    if dataset == "toy":
+        return max(size, *default_weights(name).meta["min_size"])
+    return default_weights(name).transforms().crop_size[0]
+
+
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
-    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    (what FOLDER:NAME returns), none (random) or a file; see read_weights(). Raises UserError."""
     try:
         network = build_network(name, weights)
     except URLError as error:
         raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
                         "file that you have with --weights FILE") from error
-    if weights not in ("imagenet", "own", "none"):
-        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    removed = ("last_linear",) if name == "bninception" else ()
     if name in TORCHVISION:
-        remove_classifier(network)
+        removed = remove_classifiers(network)
+    if is_file(weights):
+        state, _ = read_weights(weights)
+        fit_weights(network, state, removed, weights)
     return network
 
 
@@ -1501,13 +1520,28 @@ def build_network(name, weights):
         network = BNInception()
         if weights == "imagenet":
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-            load_weights(network, state)
+            fit_weights(network, state, ("last_linear",), weights)
         return network
     if name in TORCHVISION:
         pretrained = "DEFAULT" if weights == "imagenet" else None
         return torchvision.models.get_model(name, weights=pretrained)
     raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
                     "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+
+
+def remove_classifiers(network):
+    """Replaces the last layer with 1000 outputs of a torchvision network by nn.Identity(), removes
+    auxiliary classifiers, and returns the paths of both."""
+    removed = [name for name in ("aux1", "aux2", "AuxLogits") if hasattr(network, name)]
+    for name in removed:  # of GoogLeNet and Inception v3, which need larger images in training
+        setattr(network, name, None)
+    # Otherwise these two return auxiliary outputs, and do not scale their input.
+    network.aux_logits, network.transform_input = False, True
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
+    return (*removed, classifiers[-1])
 
 
 def load_hub(name, weights):
@@ -1517,41 +1551,183 @@ def load_hub(name, weights):
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
-    for module in network.modules():
-        if weights == "none" and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    network = getattr(network, "_orig_mod", network)  # without torch.compile()
+    network = network.cpu().float()
+    if weights == "none":
+        randomise(network)
     return network
 
 
-def load_weights(network, state):
-    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
-    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
-    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+@torch.no_grad()
+def randomise(network):
+    """Makes every parameter random: by the reset_parameters() of its module or, if there is none,
+    as for class tokens, by a random order of its values. Those keep their distribution."""
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in network.named_parameters():
+        if torch.equal(parameter, before[name]):
+            order = torch.randperm(parameter.numel())
+            parameter.copy_(before[name].flatten()[order].view_as(parameter))
+
+
+def is_file(weights):
+    return weights not in ("imagenet", "own", "none")
+
+
+def read_weights(file):
+    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
+    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
+    try:
+        if Path(file).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"--weights {file}: cannot be read; pip install safetensors") from error
+    except Exception as error:  # torch.load raises nearly anything
+        raise UserError(f"--weights {file}: not a file of weights ({type(error).__name__}); save "
+                        "a network's state_dict() with torch.save()") from error
+    if isinstance(content, dict) and {"network", "history"} <= content.keys():  # of State.save()
+        return below("backbone.", content["network"]), below("head.", content["network"])
+    for key in ("state_dict", "model"):  # of PyTorch Lightning, and of torchvision's own scripts
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
+        raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
+                        "with torch.save()")
+    return content, {}
+
+
+def below(prefix, state):
+    """The entries of a state dict whose names have this prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix)}
+
+
+def fit_weights(network, state, removed, weights):
+    """Loads a state dict, except what belongs to the removed classifiers. If it does not fit, it
+    loads nothing and raises a UserError that names the first tensor."""
+    own, given = network.state_dict(), {}
+    for name, value in state.items():
+        if name not in own:  # these prefixes come from DataParallel and torch.compile()
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if not name.startswith(tuple(f"{path}." for path in removed)):
+            given[name] = value
+    for name in own | given:
+        ours, theirs = shape_of(name, own), shape_of(name, given)
+        if theirs == "missing" and name.endswith("num_batches_tracked"):
+            continue  # files of old PyTorch versions lack it, and nothing uses it
+        if ours != theirs:
+            raise UserError(f"--weights {weights}: {name} does not fit (in the file: {theirs}, in "
+                            f"the network: {ours}); give weights of this --backbone")
+    own.update(given)  # unlike many files, `own` knows the versions of its modules
+    network.load_state_dict(own)
+
+
+def shape_of(name, state):
+    return list(getattr(state[name], "shape", ())) if name in state else "missing"
+
+
+def load_head(head, weights):
+    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else {}
+    if not saved:
+        return
+    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+        head.load_state_dict(saved)
+        print(f"--weights {weights}: the backbone and the linear layer of a run")
+    else:
+        print(f"--weights {weights}: the backbone of a run, without its linear layer, whose size "
+              f"is {len(saved['bias'])}")
 
 
 def input_scaling(name, network):
     """The network input: the order of the channels, and the mean and standard deviation of pixels
-    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    in [0, 255]. They are ImageNet's unless the network, or torchvision for it, states others."""
     if name == "bninception":
         return BGR_CAFFE
-    order, *scaling = RGB_IMAGENET
-    for i, attribute in enumerate(("mean", "std")):
-        if ":" in name and hasattr(network, attribute):
-            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
-            if scaling[i].max() > 255:
-                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
-    return order, *scaling
+    order, mean, std = RGB_IMAGENET
+    if name in TORCHVISION:
+        transforms = default_weights(name).transforms()
+        mean = [255 * value for value in transforms.mean]
+        std = [255 * value for value in transforms.std]
+    if ":" in name:
+        mean = stated_scaling(name, network, "mean") or mean
+        std = stated_scaling(name, network, "std") or std
+    return order, mean, std
+
+
+def stated_scaling(name, network, attribute):
+    """The attribute `mean` or `std` of a network from a folder, or else that of timm's
+    `pretrained_cfg`, for pixels in [0, 255]; None if neither is stated. Raises UserError."""
+    config = getattr(network, "pretrained_cfg", None)
+    from_timm = config.get(attribute) if isinstance(config, dict) else None
+    values = three_numbers(getattr(network, attribute, None)) or three_numbers(from_timm)
+    if not values:
+        return None
+    if max(values) > 1:
+        raise UserError(f"--backbone {name}: its {attribute} exceeds 1; divide it by 255")
+    if attribute == "std" and min(values) <= 0:
+        raise UserError(f"--backbone {name}: its std is not above 0; give the standard deviation "
+                        "of pixels in [0, 1]")
+    return [255 * value for value in values]
+
+
+def three_numbers(value):
+    """One number, or three in any shape, as a list of three; None for all else, as for a method."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if len(numbers) == 1:
+        return 3 * numbers
+    return numbers if len(numbers) == 3 else None
 
 
 @torch.no_grad()
 def count_features(name, network, size):
-    """The number of features of a network. Raises UserError if it does not give (B, features)."""
-    output = network(torch.zeros(2, 3, size, size))
-    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-        raise UserError(f"--backbone {name}: its output for 2 images is "
-                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+    """The number of features of an Embedder's backbone. Raises UserError if it does not give
+    (B, features), or if the features of an image depend on its batch, as in training mode."""
+    buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
+    pixels = 255 * torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = network.normalise(pixels)
+    with torch.random.fork_rng(devices=[]):  # dropout in training mode draws random numbers
+        alone = compute_features(name, network, images[:1])
+        together = compute_features(name, network, images)
+    for key, buffer in network.named_buffers():  # running statistics in training mode have moved
+        if key in buffers and buffer.shape == buffers[key].shape:
+            buffer.copy_(buffers[key])
+    change = float((together[0] - alone[0]).norm() / alone[0].norm().clamp(min=1e-30))
+    if change > 0.01:
+        raise UserError(f"--backbone {name}: the features of an image change by {change:.0%} of "
+                        "their length if it is in a batch of three; let eval() reach all dropout "
+                        "and BatchNorm (modules in a plain list are not registered)")
+    return alone.shape[1]
+
+
+def compute_features(name, network, images):
+    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    count, size = len(images), images.shape[-1]
+    try:
+        features = network.backbone(images)
+    except Exception as error:  # the network of a user raises nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if name in TORCHVISION:
+            right = default_weights(name).transforms().crop_size[0]
+            raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
+                            f"--image-size {right}") from error
+        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
+                        "give a network that takes any number of images of this size") from error
+    if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
+        raise UserError(f"--backbone {name}: its output for {count} images is "
+                        f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
-    return output.shape[1]
+    return features.float()
 
 
 def has_gradient(network, size):
@@ -1573,14 +1749,45 @@ def check_trainable(args, network):
                         "--embedding 0 to train a linear layer on top")
 
 
-def remove_classifier(network):
-    """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
-    network.aux_logits, network.transform_input = False, True
-    classifiers = [path for path, layer in network.named_modules() if 1000 in
-                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, classifier = classifiers[-1].rpartition(".")
-    setattr(network.get_submodule(parent), classifier, nn.Identity())
+def load_embedder(run, args):
+    """The Embedder of a run's best epoch, in eval mode. Without gradients of its weights, the
+    gradients of its input need less memory."""
+    network = Embedder(args.backbone, "none", args.image_size, args.embedding)
+    saved = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+class PixelEmbedder(nn.Module):
+    """An Embedder that scales its input: (B, 3, S, S) RGB in [0, 255] -> (B, D) of unit length. So
+    nobody can feed an exported file wrongly."""
+
+    def __init__(self, embedder):
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images):
+        return self.embedder(self.embedder.normalise(images.float()))
+
+
+def load_network(run, device="cpu"):
+    """(network, preprocess) of a finished run, for use in other programs. preprocess(path) gives a
+    photo (3, S, S) uint8, upright, resized and cropped as in the test. network is a PixelEmbedder
+    in eval mode. Raises UserError if the run is not finished."""
+    file = Path(run, "result.json")
+    if not file.is_file():
+        raise UserError(f"{run}: not a finished run; give a folder with a result.json")
+    result = json.loads(file.read_text())
+    if result.get("format") != FORMAT:
+        raise UserError(f"{run}: another version of bgbias.py made it; give a run of this version")
+    args = argparse.Namespace(**result["args"])
+
+    def preprocess(path):
+        photo = Photos([path], None, args.image_size, keep=False)[0]
+        return TF.center_crop(photo, args.image_size)
+
+    network = PixelEmbedder(load_embedder(run, args))
+    return network.eval().to(device), preprocess
 
 
 # ---- 13. Toy -------------------------------------------------------------------------------------
@@ -2087,7 +2294,8 @@ def default_settings(args):
         "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
         "lr": defaults["lr"], "backbone": defaults["backbone"],
         "weights": "own" if ":" in backbone else defaults["weights"],
-        "embedding": EMBEDDING, "image_size": defaults["image_size"], "select": select}
+        "embedding": 0 if args.measure else EMBEDDING,
+        "image_size": default_image_size(backbone, args.dataset), "select": select}
 
 
 def check_args(args):
@@ -2164,7 +2372,7 @@ def network_checksum(args):
     """The checksum of the files that a network is made of: its weights file, or the folder of its
     hubconf.py. None if there is no such file."""
     files = []
-    if args.weights not in ("imagenet", "own", "none"):
+    if is_file(args.weights):
         files.append(Path(args.weights))
     if ":" in args.backbone:
         folder = Path(args.backbone.rpartition(":")[0])
