@@ -50,7 +50,7 @@ def calls(place):
 
 def start(place, *words, **variables):
     """The process of `bash run_all.sh WORDS`, started in `place` as from a terminal."""
-    ours = ("SLURM_ARRAY_TASK_ID", "FLAGS", "LOSSES", "SEEDS", "DATA", "RUNS", "CUDA_VISIBLE_DEVICES")
+    ours = ("SLURM_ARRAY_TASK_ID", "FLAGS", "LOSSES", "SEEDS", "VARIANTS", "DATA", "RUNS", "CUDA_VISIBLE_DEVICES")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {"PATH": f"{place}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}", "GPUS": "none",
                     "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "U2NET_HOME": f"{place}/models"}
@@ -102,6 +102,15 @@ def test_a_choice_and_toy_needs_neither_downloads_nor_masks(place, calls):
     assert calls()[len(expected) + 1:] == [*trainings(("toy",)), "bgbias.py --report runs"]
 
 
+def test_own_backgrounds_are_a_third_variant(place):
+    output = run_all(place, "--dry-run", "train", "attention", "toy", LOSSES="triplet", VARIANTS="base bgaugment own")[1]
+    *train, _, _, attention = output.splitlines()
+    expected = trainings(("toy",), ("triplet",))
+    expected.append(expected[1].replace("--bgaugment", "--bgaugment own"))
+    assert train == [f"python {command}" for command in expected]
+    assert attention == "python eval_attention.py runs/toy-triplet-own-s42/ runs/toy-triplet-own-s42-*/"
+
+
 @pytest.mark.parametrize("variables, gpus", [
     ({}, "012"),  # what torch counts
     ({"CUDA_VISIBLE_DEVICES": "4,7"}, "47"), ({"CUDA_VISIBLE_DEVICES": ""}, ["none"]),
@@ -141,7 +150,8 @@ def test_attention_finds_every_run_of_a_folder_once(place, calls, monkeypatch, w
 
 @pytest.mark.parametrize("words, variables, named", [
     (["nonsense"], {}, "nonsense"), (["a b"], {}, "a b"), ([], {"RUNS": "a b"}, "RUNS"), ([], {"DATA": "a b"}, "DATA"),
-    ([], {"SLURM_ARRAY_TASK_ID": "30"}, "--array"), (["train", "report"], {"SLURM_ARRAY_TASK_ID": "0"}, "--array")])
+    ([], {"SLURM_ARRAY_TASK_ID": "30"}, "--array"), (["train", "report"], {"SLURM_ARRAY_TASK_ID": "0"}, "--array"),
+    ([], {"VARIANTS": "base other"}, "VARIANTS: other")])
 def test_wrong_words(place, words, variables, named):
     code, output, error = run_all(place, *words, **variables)
     line, = error.splitlines()
@@ -156,6 +166,14 @@ def test_help_is_the_header(place):
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is missing")
 def test_shellcheck():
     assert subprocess.run(["shellcheck", ROOT / "run_all.sh"], capture_output=True, text=True).stdout == ""
+
+
+def test_nothing_needs_a_newer_bash_or_tool_than_those_of_macos():
+    """Its bash is 3.2 of 2006, which cannot expand an empty array under set -u. It has no md5sum."""
+    newer = (r"wait -n|mapfile|readarray|coproc|declare|local -\w|\[@\]|\$\{\w+(?:,,|\^\^|@)|&>>|\|&|;&|EPOCH|BASHPID"
+             r"|printf -v|(?:md5|sha256)sum|realpath|readlink|/dev/fd|<\(|grep -P|sed -i|-printf|\bseq\b|\stimeout\s|nproc")
+    code = re.sub("#.*", "", (ROOT / "run_all.sh").read_text())
+    assert re.findall(newer, code) == []
 
 
 # Jobs that fail or are stopped
