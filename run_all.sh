@@ -32,6 +32,7 @@ SEEDS=${SEEDS:-42}
 VARIANTS=${VARIANTS:-base bgaugment}
 DATA=${DATA:-data}
 RUNS=${RUNS:-runs}
+GPUS=${GPUS:-}
 FLAGS=${FLAGS:-}
 task=${SLURM_ARRAY_TASK_ID:-}  # the number of a run, counted from 0; empty without an array
 
@@ -211,66 +212,73 @@ requeue() {  # SLURM sends USR1 before the time limit, see the sbatch command ab
 
 # ---- Downloads -----------------------------------------------------------------------------------
 
-list_downloads() {  # what the named datasets need; toy and a FOLDER need nothing
-    local dataset named=''
+# Stanford's own addresses of Cars196 are dead. This is a copy in torchvision's layout.
+CARS196=https://www.kaggle.com/api/v1/datasets/download/rickyyyyyyy/torchvision-stanford-cars
+CUB200=https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz
+SOP=ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip
+BACKGROUNDS=https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz
+
+list_downloads() {  # what the paper's datasets need; toy and a FOLDER need nothing
+    local dataset needed=''
     for dataset in $datasets; do
         case $dataset in
-            cars196) named=yes ;;  # has no address
-            cub200 | sop)
-                named=yes
+            cars196 | cub200 | sop)
                 echo "$dataset"
+                needed='backgrounds weights u2net'
                 ;;
         esac
     done
-    if [ "$named" ]; then
-        echo backgrounds weights u2net
-    fi
+    echo "$needed"
 }
 
 fetch() {  # fetch WHAT: downloads it, unless it exists
+    if exists "$1"; then
+        return
+    fi
     case $1 in
-        cub200)
-            get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 \
-                https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz
-            ;;
-        sop)
-            get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e \
-                ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip
-            ;;
-        backgrounds)
-            if [[ $FLAGS != *--backgrounds* ]]; then
-                get unsplash_backgrounds .tar.gz '' \
-                    https://github.com/LSX-UniWue/background-bias-in-dml/archive/HEAD.tar.gz
-            fi
-            ;;
-        weights)
-            if [[ $FLAGS != *--weights* && $FLAGS != *--backbone* ]]; then
-                python -c "import bgbias; bgbias.Embedder('bninception', 'imagenet', 224)"
-            fi
-            ;;
-        u2net)
-            if [ ! -e "${U2NET_HOME:-$HOME/.u2net}/u2net.onnx" ]; then
-                python -c "import rembg; rembg.new_session('u2net')"
-            fi
-            ;;
+        cars196) get stanford_cars .zip unknown "$CARS196" ;;
+        cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 "$CUB200" ;;
+        sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e "$SOP" ;;
+        backgrounds) get unsplash_backgrounds .tar.gz unknown "$BACKGROUNDS" ;;
+        weights) python -c "import bgbias; bgbias.Embedder('bninception', 'imagenet', 224)" ;;
+        u2net) python -c "import rembg; rembg.new_session('u2net')" ;;
     esac
 }
 
-get() {  # get FOLDER SUFFIX MD5 URL: makes the folder in DATA from its archive, FOLDER.SUFFIX
-    local folder=$DATA/$1 archive=$DATA/$1$2 new=$DATA/$1.new
-    if [ -e "$folder" ] || compgen -G "$DATA/*/$1" >/dev/null; then
-        return
+exists() {  # exists WHAT: whether it is there, or FLAGS replace it
+    local root
+    case $1 in
+        cars196 | cub200 | sop)
+            root=$(root_of "$1") || exit 1  # bgbias.py does not work, and the log says why
+            [ "$root" ]
+            ;;
+        backgrounds) [ -e "$DATA/unsplash_backgrounds" ] || [[ $FLAGS == *--backgrounds* ]] ;;
+        weights) [[ $FLAGS == *--weights* || $FLAGS == *--backbone* ]] ;;
+        u2net) [ -e "${U2NET_HOME:-$HOME/.u2net}/u2net.onnx" ] ;;
+    esac
+}
+
+root_of() {  # root_of DATASET: where bgbias.py finds it in DATA, in any layout; nothing if missing
+    python -c '
+import sys
+import bgbias
+try:
+    print(bgbias.dataset_root(*sys.argv[1:]))
+except bgbias.UserError as error:
+    print(error, file=sys.stderr)
+' "$1" "$DATA"
+}
+
+get() {  # get FOLDER SUFFIX MD5 URL: makes DATA/FOLDER from its archive, DATA/FOLDER.SUFFIX
+    local folder=$DATA/$1 archive=$DATA/$1$2
+    if [ -e "$folder" ]; then
+        die "$folder: exists, but files are missing in it; rename it"
     fi
     if [ ! -e "$archive" ]; then
         download "$4" "$archive"
     fi
-    if [ "$3" ] && [ "$(md5_of "$archive")" != "$3" ]; then
-        die "$archive: its md5 is not $3; delete it"
-    fi
-    python -c "import shutil, sys; shutil.unpack_archive(*sys.argv[1:])" "$archive" "$new" ||
-        die "$archive: cannot be unpacked; delete it"
-    mv "$(find "$new" -type d -name "$1" -print -quit)" "$folder"
-    rm -r "$new"
+    check "$archive" "$3"
+    unpack "$archive" "$1"
 }
 
 download() {  # download URL FILE: resumes FILE.part if it exists
@@ -286,9 +294,51 @@ download() {  # download URL FILE: resumes FILE.part if it exists
     mv "$2.part" "$2"
 }
 
+check() {  # check ARCHIVE MD5: ends in an error if the archive is damaged
+    local md5
+    if [ "$2" = unknown ]; then
+        if ! is_readable "$1"; then
+            rm "$1"
+            die "$1: it was damaged, so it is deleted; start again to download it again"
+        fi
+        return
+    fi
+    md5=$(md5_of "$1")
+    if [ "$md5" != "$2" ]; then
+        die "$1: its md5 is $md5 instead of $2; delete it"
+    fi
+}
+
+is_readable() {  # is_readable ARCHIVE: reads all of it, and writes nothing that could fill the disk
+    local test="zipfile.ZipFile(sys.argv[1]).testzip()"  # the name of a damaged file, or None
+    case $1 in
+        *.zip) python -c "import sys, zipfile; sys.exit($test)" "$1" ;;
+        *) tar -tzf "$1" >/dev/null ;;
+    esac
+}
+
 md5_of() {  # md5_of FILE: Python computes it, because macOS has no md5sum.
     local digest="hashlib.file_digest(sys.stdin.buffer, 'md5').hexdigest()"
     python -c "import hashlib, sys; print($digest)" <"$1"
+}
+
+unpack() {  # unpack ARCHIVE FOLDER: FOLDER appears in DATA when it is complete
+    local hidden=$DATA/.unpacking-$2 found
+    rm -rf "$hidden"  # An interrupted start may have left it.
+    if ! python -c "import shutil, sys; shutil.unpack_archive(*sys.argv[1:])" "$1" "$hidden"; then
+        rm -rf "$hidden"  # It may have filled the disk.
+        exit 1
+    fi
+    for found in "$hidden/$2" "$hidden"/*/"$2"; do  # An archive of GitHub has it one folder deeper.
+        if [ -d "$found" ]; then
+            mv "$found" "$DATA/$2"
+            break
+        fi
+    done
+    rm -rf "$hidden"
+    if [ ! -d "$DATA/$2" ]; then
+        die "$1: it has no folder $2; unpack it by hand"
+    fi
 }
 
 # ---- The runs. $dataset, $seed, $loss and $variant are those of the loops below. -----------------
