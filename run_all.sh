@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                      all stages: data, masks, train, attention, report
 #   bash run_all.sh train report toy     some stages, some datasets (or FOLDER with images/<class>/)
+#   bash run_all.sh data cars196         downloads a dataset, unless DATA has it in any layout
 #   bash run_all.sh --dry-run            prints the commands, runs nothing
 #   LOSSES="arcface triplet" SEEDS="42 43" GPUS="0 1" bash run_all.sh cub200
 #
@@ -187,7 +188,7 @@ has_failed() {  # has_failed NAME: whether the job of this name has failed
     return 1
 }
 
-end_jobs() {
+end_jobs() {  # ends all jobs and their children
     local process
     say "stopped; the same command resumes"
     exec 2>/dev/null  # Bash would print "Terminated" for each job.
@@ -202,7 +203,7 @@ stop() {
     exit 130
 }
 
-requeue() {  # SLURM sends USR1 before the time limit, see the sbatch command above.
+requeue() {  # SLURM sends USR1 before the time limit: see the sbatch command above
     end_jobs
     if [ "${SLURM_JOB_ID:-}" ]; then
         scontrol requeue "$SLURM_JOB_ID" || say "job $SLURM_JOB_ID: not requeued; submit it again"
@@ -236,16 +237,16 @@ fetch() {  # fetch WHAT: downloads it, unless it exists
         return
     fi
     case $1 in
-        cars196) get stanford_cars .zip unknown "$CARS196" ;;
-        cub200) get CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 "$CUB200" ;;
-        sop) get Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e "$SOP" ;;
-        backgrounds) get unsplash_backgrounds .tar.gz unknown "$BACKGROUNDS" ;;
+        cars196) get_folder stanford_cars .zip unknown "$CARS196" ;;
+        cub200) get_folder CUB_200_2011 .tgz 97eceeb196236b17998738112f37df78 "$CUB200" ;;
+        sop) get_folder Stanford_Online_Products .zip 7f73d41a2f44250d4779881525aea32e "$SOP" ;;
+        backgrounds) get_folder unsplash_backgrounds .tar.gz unknown "$BACKGROUNDS" ;;
         weights) python -c "import bgbias; bgbias.Embedder('bninception', 'imagenet', 224)" ;;
         u2net) python -c "import rembg; rembg.new_session('u2net')" ;;
     esac
 }
 
-exists() {  # exists WHAT: whether it is there, or FLAGS replace it
+exists() {  # exists WHAT: whether it need not be downloaded
     local root
     case $1 in
         cars196 | cub200 | sop)
@@ -269,7 +270,7 @@ except bgbias.UserError as error:
 ' "$1" "$DATA"
 }
 
-get() {  # get FOLDER SUFFIX MD5 URL: makes DATA/FOLDER from its archive, DATA/FOLDER.SUFFIX
+get_folder() {  # get_folder FOLDER SUFFIX MD5 URL: makes FOLDER in DATA from FOLDER.SUFFIX
     local folder=$DATA/$1 archive=$DATA/$1$2
     if [ -e "$folder" ]; then
         die "$folder: exists, but files are missing in it; rename it"
@@ -277,7 +278,7 @@ get() {  # get FOLDER SUFFIX MD5 URL: makes DATA/FOLDER from its archive, DATA/F
     if [ ! -e "$archive" ]; then
         download "$4" "$archive"
     fi
-    check "$archive" "$3"
+    check_archive "$archive" "$3"
     unpack "$archive" "$1"
 }
 
@@ -294,7 +295,7 @@ download() {  # download URL FILE: resumes FILE.part if it exists
     mv "$2.part" "$2"
 }
 
-check() {  # check ARCHIVE MD5: ends in an error if the archive is damaged
+check_archive() {  # check_archive ARCHIVE MD5: ends in an error if the archive is damaged
     local md5
     if [ "$2" = unknown ]; then
         if ! is_readable "$1"; then
@@ -341,7 +342,7 @@ unpack() {  # unpack ARCHIVE FOLDER: FOLDER appears in DATA when it is complete
     fi
 }
 
-# ---- The runs. $dataset, $seed, $loss and $variant are those of the loops below. -----------------
+# ---- The runs: $dataset, $seed, $loss, $variant and $run come from the loops below ---------------
 
 name_of() {  # name_of DATASET: the first part of its runs' names
     if [ -d "$1/images" ]; then
@@ -364,13 +365,13 @@ is_chosen() {  # is_chosen NUMBER: whether to do this run; a task of a SLURM arr
     [ ! "$task" ] || [ "$task" = "$1" ]
 }
 
-train() {
+train() {  # starts the training
     # shellcheck disable=SC2046,SC2086  # Flags are several words, or none.
     job "$run" python bgbias.py --dataset "$dataset" --loss "$loss" $(flags_of "$variant") \
         --seed "$seed" --data "$DATA" --runs "$RUNS" $FLAGS
 }
 
-attention() {  # Runs with FLAGS have longer names, so the star finds them.
+attention() {  # starts the scoring; the star stands for the settings that FLAGS add to a name
     if [ "$dry" ] || is_trained "$run"; then
         job "$run" python eval_attention.py "$RUNS/$run/" "$RUNS/$run"-*/
     fi
@@ -380,7 +381,7 @@ is_trained() {  # is_trained RUN: whether it is finished, with any FLAGS
     compgen -G "$RUNS/$1/result.json" >/dev/null || compgen -G "$RUNS/$1-*/result.json" >/dev/null
 }
 
-report() {
+report() {  # prints the tables of all runs
     if [ "$dry" ]; then
         echo "python bgbias.py --report $RUNS"
     else
@@ -401,7 +402,7 @@ if [ ! "$dry" ]; then
     mkdir -p "$DATA" "$RUNS"
 fi
 
-stage=data
+stage=data  # The messages of a job name its stage.
 if wants data; then
     for what in $(list_downloads); do
         job "data-$what" fetch "$what"
@@ -414,7 +415,7 @@ if wants masks; then
     for dataset in $datasets; do
         name=$(name_of "$dataset")
         if [ "$dataset" = toy ] || has_failed "data-$name"; then
-            continue  # Toy is drawn with its masks.
+            continue  # Toy is drawn with its masks. Without photos, there are no masks.
         fi
         job "masks-$name" python masks.py --dataset "$dataset" --data "$DATA"
     done
@@ -425,7 +426,7 @@ for stage in train attention; do
     if ! wants "$stage"; then
         continue
     fi
-    number=0
+    number=0  # of the run, for SLURM
     for dataset in $datasets; do
         name=$(name_of "$dataset")
         if has_failed "data-$name" || has_failed "masks-$name"; then

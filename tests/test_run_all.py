@@ -181,7 +181,7 @@ def test_shellcheck():
 def test_nothing_needs_a_newer_bash_or_tool_than_those_of_macos():
     """Its bash is 3.2 of 2006, which cannot expand an empty array under set -u. It has no md5sum."""
     newer = (r"wait -n|mapfile|readarray|coproc|declare|local -\w|\[@\]|\$\{\w+(?:,,|\^\^|@)|&>>|\|&|;&|EPOCH|BASHPID"
-             r"|nproc|printf -v|(?:md5|sha256)sum|realpath|readlink|/dev/fd|<\(|grep -P|sed -i|-printf|\bseq\b|\stimeout\s")
+             r"|nproc|printf -v|(?:md5|sha256)sum|realpath|readlink|/dev/fd|<\(|grep -P|sed -i|\bseq\b|\stimeout\s")
     code = re.sub("#.*", "", (ROOT / "run_all.sh").read_text())
     assert re.findall(newer, code) == []
 
@@ -224,22 +224,33 @@ def any_process(place):
 
 
 def stop(process, place, name):
-    """Sends SIGTERM, or SIGINT as Ctrl-C does. Soon no process may be left."""
+    """Sends a signal; SIGINT as Ctrl-C does, to the whole group. Soon no process may be left."""
     assert any_process(place)
-    send, code = {"SIGTERM": (os.kill, 130), "SIGINT": (os.killpg, 130)}[name]
+    send = os.killpg if name == "SIGINT" else os.kill
     send(process.pid, getattr(signal, name))
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (code, "")
+    assert (process.returncode, error) == (130, "")
     wait_for(lambda: not any_process(place))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_stopped(place, calls, name):
-    """Each job has a child, which would live for ten minutes."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("gpus", ["0 1", "0"])
+def test_stopped(place, calls, name, gpus):
+    """Each job has a child, which would live for ten minutes. With a single GPU, other jobs wait for it. SLURM sends
+    SIGUSR1, and only then the job is requeued. The temporary folder goes."""
     fake_python(place, 'case "$*" in "-c"*) exit ;; esac\nsleep 600 &\ntouch "job-$CUDA_VISIBLE_DEVICES"\nwait\n')
-    process = start(place, "train", "toy", GPUS="0 1")
-    wait_for(lambda: len([*place.glob("job-*")]) == 2)
+    (place / "bin/scontrol").write_text('#!/bin/sh\necho "$*" >>requeued\n')
+    (place / "bin/scontrol").chmod(0o755)
+    (place / "temporary").mkdir()
+    variables = {"LOSSES": "triplet", "SLURM_JOB_ID": "123", "TMPDIR": str(place / "temporary")}
+    process = start(place, "train", "toy", GPUS=gpus, **variables)
+    wait_for(lambda: len([*place.glob("job-*")]) == len(gpus.split()))
     stop(process, place, name)
+    assert not [*place.glob("temporary/*")]
+    if name == "SIGUSR1":
+        assert (place / "requeued").read_text() == "requeue 123\n"
+    else:
+        assert not (place / "requeued").exists()
 
 
 # Downloads
