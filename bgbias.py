@@ -704,7 +704,7 @@ def train(args, splits, state, run):
         epoch = state.epochs + 1
         network.train()
         losses = []
-        for step in progress(range(args.iterations), f"epoch {epoch}"):
+        for step in progress(range(args.iterations), f"steps of epoch {epoch}"):
             photos, labels, backgrounds = next(training_loader)
             images, masks = unpack(photos)
             # Seeds all random numbers of this step. Without workers, next() has seeded its own.
@@ -789,7 +789,7 @@ def embed(network, items, views):
 def run_test(network, test_batches, args):
     """Tests a network. Returns the result, {"test": {condition: [metrics of each draw]}, "fooled":
     [share in each draw], "confused": [...]}, and {column: (N,) values of each photo in %}."""
-    items = progress(load(test_batches, args), "test", test_batches.per_epoch)
+    items = progress(load(test_batches, args), "test batches", test_batches.per_epoch)
     embeddings = embed(network, items, all_views)
     check_finite(embeddings, test_batches.photos)
     labels, clean = test_batches.labels, embeddings["clean"][0]
@@ -1080,7 +1080,7 @@ def find_unusable(masks):
     """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
     they are the most."""
     with ThreadPoolExecutor() as threads:
-        faults = [*progress(threads.map(judge_mask, masks), "masks", len(masks))]
+        faults = [*progress(threads.map(judge_mask, masks), "looking at masks", len(masks))]
     unusable = np.array([empty or full for empty, full, _, _ in faults], bool)
     if 2 * unusable.sum() > len(masks):
         raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
@@ -1218,7 +1218,7 @@ def judge_mask(path):
 
 def check_masks(splits):
     """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
-    masks = [mask for split in splits.values() for mask in split.masks]
+    masks = [mask for name in ("train", "val", "test") for mask in splits[name].masks]
     sample = np.random.default_rng(0).permutation(len(masks))[:200]
     faults = np.array([judge_mask(masks[i]) for i in sample])
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
@@ -1241,7 +1241,7 @@ class Photos(torch.utils.data.Dataset):
         if not keep:
             return
         # DIFF: photos are resized once per run, not on every access.
-        for photo in self.decode_all("decoding"):
+        for photo in self.decode_all("decoding photos"):
             if free_memory() < 0.1:
                 print(f"memory is short: {len(self.kept):,} of {len(self):,} photos are kept, the "
                       "rest are decoded on every access (--workers helps)")
@@ -1949,25 +1949,24 @@ def steps_of(columns):
     return steps
 
 
-def row_name(result):
-    """The name of a row, such as: contrastive + BGAugment, lr 0.001."""
-    args = result["args"]
-    if args["measure"]:
-        return ", ".join(["as it is", *settings_of(args["settings"])])
-    variant = {"none": "", "pool": " + BGAugment", "own": " + own backgrounds"}[args["bgaugment"]]
-    return args["loss"] + variant + "".join(f", {text}" for text in changes_of(args))
+def row_name(args, shared=()):
+    """The name of a row, such as: contrastive + BGAugment, lr 0.001; without the `shared` texts."""
+    name = "as it is"
+    if not args["measure"]:
+        variants = {"none": "", "pool": " + BGAugment", "own": " + own backgrounds"}
+        name = args["loss"] + variants[args["bgaugment"]]
+    return ", ".join([name, *(text for text in changes_of(args) if text not in shared)])
 
 
 def changes_of(args):
-    """The texts of what a training run has other than the defaults."""
-    hparams = hyper_parameters(args["loss"], args["dataset"])
-    edited = {key: args["hparams"].get(key) for key in sorted(args["hparams"] | hparams)
-              if args["hparams"].get(key) != hparams.get(key)}
-    return settings_of(args["settings"] | edited)
-
-
-def settings_of(settings):
-    return [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
+    """["lr 0.001", ...]: the settings and hyper-parameters that are not default."""
+    changes = dict(args["settings"])
+    if not args["measure"]:
+        ours, defaults = args["hparams"], hyper_parameters(args["loss"], args["dataset"])
+        for key in sorted(ours | defaults):
+            if ours.get(key) != defaults.get(key):
+                changes[key] = ours.get(key)
+    return [f"{key.replace('_', ' ')} {value}" for key, value in changes.items()]
 
 
 def mean_and_std(values):
@@ -1976,9 +1975,9 @@ def mean_and_std(values):
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def columns_of(result):
+def columns_of(args):
     """The columns of the first table; all results of one table have the same reference."""
-    reference = column_of(result["args"]["reference"])
+    reference = column_of(args["reference"])
     return ("clean", "any class", "replaced", f"drop % ({reference})", "query", "object only",
             "background only", "photo + object", "fooled % (confused)", "R@1 clean",
             f"R@1 {reference}", "attention", "beyond another mask")
@@ -2052,7 +2051,7 @@ def explain_drop(result):
         draws = columns[CHAIN[after]]
         spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
         steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
-    lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
+    lines.append(f"In points: {', '.join(steps)}. The size of a step depends on the order.")
     if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
         lines.append("Cutting and pasting costs over a tenth: check the masks.")
     photos = read_photos(result["run"])
@@ -2063,8 +2062,8 @@ def explain_drop(result):
     worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
     worst = [name for name in worst if means[name][1] < means[name][0]]
     if worst:
-        texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
-        lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
+        texts = ["{} ({:.1f} → {:.1f})".format(name, *means[name]) for name in worst]
+        lines.append(f"The classes that drop most, from clean to {reference}: {', '.join(texts)}.")
     return lines
 
 
@@ -2154,7 +2153,8 @@ def report(folder, only=None):
         if result is None:
             others += 1
             continue
-        tables[result["tested"]][row_name(result)][result["args"]["seed"]] = result
+        args = result["args"]
+        tables[result["tested"]][row_name(args)][args["seed"]] = result
         if run == only:
             chosen = result
     if others:
@@ -2165,20 +2165,42 @@ def report(folder, only=None):
     for heading, rows in tables.items():
         if chosen and heading != chosen["tested"]:
             continue
-        first, chain = [], []
-        for name, seeds in rows.items():
-            results = list(seeds.values())
-            first += [table_row(name, results, columns_of(results[0])),
-                      *paper_row(results[0]["args"])]
-            if all(result["above_chance"] for result in results):
-                chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
-        parts += [f"## {heading}", as_table(first)]
-        if chosen:
-            parts.append("\n".join(explain_drop(chosen)))
-        elif chain:
-            parts += ["The drop of MAP@R, step by step:", as_table(chain)]
-        parts += ["\n".join(compare_variants(rows))]
+        shared, rows = shorten_names(rows)
+        parts.append(f"## {heading}")
+        if shared:
+            parts.append(f"All rows: {', '.join(shared)}.")
+        parts.append(table_of_rows(rows))
+        parts.append("\n".join(explain_drop(chosen)) if chosen else table_of_steps(rows))
+        parts.append("\n".join(compare_variants(rows)))
     return "\n\n".join(part for part in parts if part)
+
+
+def shorten_names(rows):
+    """(what all rows have other than the defaults, the rows {name: {seed: result}} without it)"""
+    all_args = [next(iter(seeds.values()))["args"] for seeds in rows.values()]
+    shared = [text for text in changes_of(all_args[0])
+              if all(text in changes_of(args) for args in all_args)]
+    return shared, {row_name(args, shared): seeds for args, seeds in zip(all_args, rows.values())}
+
+
+def table_of_rows(rows):
+    """The first table, beside the paper's results."""
+    table = []
+    for name, seeds in rows.items():
+        results = list(seeds.values())
+        args = results[0]["args"]
+        table += [table_row(name, results, columns_of(args)), *paper_row(args)]
+    return as_table(table)
+
+
+def table_of_steps(rows):
+    """The drop, step by step, of the rows that are above chance; "" if there are none."""
+    table = []
+    for name, seeds in rows.items():
+        results = list(seeds.values())
+        if all(result["above_chance"] for result in results):
+            table.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+    return f"The drop of MAP@R, step by step:\n\n{as_table(table)}" if table else ""
 
 
 # ---- 15. Command line ----------------------------------------------------------------------------
@@ -2239,22 +2261,24 @@ commands:
         "FOLDER:NAME, which calls NAME() in FOLDER/hubconf.py [bninception]")
     add("--weights", type=home, help="imagenet, own (of FOLDER:NAME), none (random) or FILE "
         "[imagenet]")
-    add("--embedding", type=int, help=f"size; 0: no linear layer [{EMBEDDING}]")
+    add("--embedding", type=int, help="dimensions of an embedding; 0: the network's features, "
+        f"without a linear layer [{EMBEDDING}; with --measure 0]")
     add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
-        "as it is, without training: on the classes that a trained run tests, or on all classes")
+        "as it is, without training, on the classes that a trained run tests, or on all classes")
     add = parser.add_argument_group("training").add_argument
     add("--loss", choices=LOSSES, default="contrastive", help="[contrastive]")
     add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
-        help="replace the backgrounds of training photos: by photos of the pool, as the paper "
-        "does, or (own) by backgrounds of other training photos")
+        help="replace the backgrounds of training photos; alone or with pool: by photos of the "
+        "pool, as the paper does; with own: by backgrounds of other training photos [none]")
     add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
     add("--patience", type=int, help="stop after so many epochs without improvement [15]")
     add("--batch-size", type=int, help="photos per batch [32]")
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
-    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
-        "selects the best epoch [clean; replaced with --bgaugment, any_class with own]")
+    add("--select", choices=("clean", "replaced", "any_class"), help="the best epoch has the "
+        "highest validation MAP@R on these photos [clean; with --bgaugment: replaced; with "
+        "--bgaugment own: any_class]")
     add("--seed", type=int, default=42, help="seed of all random numbers [42]")
     add = parser.add_argument_group("where and how").add_argument
     add("--runs", type=home, default="runs", help="folder that holds the run folders [runs]")
@@ -2352,7 +2376,7 @@ def file_checksum(path):
 def checksum_of(paths):
     """One checksum of the names, folders and contents of files."""
     with ThreadPoolExecutor() as threads:
-        sums = [*progress(threads.map(file_checksum, paths), "reading", len(paths))]
+        sums = [*progress(threads.map(file_checksum, paths), "reading files", len(paths))]
     lines = [f"{path.parent.name}/{path.name} {content}\n" for path, content in zip(paths, sums)]
     return f"{zlib.crc32(os.fsencode(''.join(lines))):08x}"
 
@@ -2509,13 +2533,13 @@ def check_photos(args, split):
     """Decodes all test photos, so that a damaged one is found before the training. They are decoded
     again for the test, because keeping them would cost SOP 16 GB during the training."""
     photos = Photos(split.images, split.masks, args.image_size, keep=False)
-    for _ in photos.decode_all("checking"):
+    for _ in photos.decode_all("checking photos"):
         pass
     photos.warn_of_masks("test")
     photos.warn_of_crop("test")
     if args.backgrounds:
         pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
-        for _ in pool.decode_all("checking the pool"):
+        for _ in pool.decode_all("checking backgrounds"):
             pass
 
 
@@ -2540,8 +2564,8 @@ def warn_of_few_classes(args, splits):
 
 def warn_of_no_gain(args, state):
     if max(state.scores[1:]) <= state.scores[0]:
-        print(f"--lr {args.lr}: no epoch was better than the network before the training; give a "
-              "lower lr")
+        print(f"--lr {args.lr}: no epoch was better than the network before the training; give "
+              "another lr or more epochs")
 
 
 def write_left_out(run, left_out):
@@ -2556,13 +2580,13 @@ def write_left_out(run, left_out):
 def print_network(args, run, state):
     network = state.network
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
-    line = (f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
-            f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, backgrounds: "
-            f"{args.backgrounds or 'of other photos'}, {args.device}")
-    if state.history:
-        line += f", resumed after epoch {state.epochs}"
-    print(line, flush=True)
+    mean, std = ([round(value) for value in buffer.flatten().tolist()]
+                 for buffer in (network.mean, network.std))
+    print(f"run: {run}" + (f", resumed after epoch {state.epochs}" if state.history else ""))
+    print(f"network: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
+          f"parameters, on {args.device}")
+    print(f"input: {args.image_size} px, (pixel - {mean}) / {std}, backgrounds of "
+          f"{args.backgrounds or 'other photos'}", flush=True)
 
 
 def print_epoch(args, state, splits):
@@ -2572,7 +2596,7 @@ def print_epoch(args, state, splits):
                        for condition in ("clean", "replaced", "any_class") if condition in row)
     line = f"epoch {row['epoch']:3d}  "
     if row["epoch"] == 0:
-        print(f"{line}before training  val MAP@R {scores}", flush=True)
+        print(f"{line}val MAP@R {scores}  (before the training, never chosen)", flush=True)
         return
     views = sum(condition in row for condition in ("clean", "replaced", "any_class"))
     per_view = row["seconds_validation"] / (len(splits["val"].images) * views)
