@@ -2178,8 +2178,9 @@ def report(folder, only=None):
 def shorten_names(rows):
     """(what all rows have other than the defaults, the rows {name: {seed: result}} without it)"""
     all_args = [next(iter(seeds.values()))["args"] for seeds in rows.values()]
-    shared = [text for text in changes_of(all_args[0])
-              if all(text in changes_of(args) for args in all_args)]
+    shared = changes_of(all_args[0])
+    for args in all_args:
+        shared = [text for text in shared if text in changes_of(args)]
     return shared, {row_name(args, shared): seeds for args, seeds in zip(all_args, rows.values())}
 
 
