@@ -2581,8 +2581,7 @@ def write_left_out(run, left_out):
 def print_network(args, run, state):
     network = state.network
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    mean, std = ([round(value) for value in buffer.flatten().tolist()]
-                 for buffer in (network.mean, network.std))
+    mean, std = (buffer.flatten().round().int().tolist() for buffer in (network.mean, network.std))
     print(f"run: {run}" + (f", resumed after epoch {state.epochs}" if state.history else ""))
     print(f"network: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
           f"parameters, on {args.device}")
