@@ -246,7 +246,8 @@ def test_masks_and_places_of_the_object_that_make_results_wrong_are_counted(
     kept, checked = Photos(*album, SIZE), Photos(*album, SIZE, keep=False)
     assert len([*checked.decode_all("checking")]) == len(masks)
     for photos in (kept, checked):
-        photos.warn("test")
+        photos.warn_of_masks("test")
+        photos.warn_of_crop("test")
         said = capsys.readouterr().out.splitlines()
         assert all(line.startswith("warning: ") and " of the test photos" in line for line in said)
         shares = {what: re.search(r"(\d+%)", line)[1] for line in said
