@@ -31,6 +31,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +173,7 @@ def draw_lender(labels, k):
 
 def split_by_group(groups):
     """(N,) groups -> a list with the indices of each group"""
-    groups = np.asarray(groups)  # NumPy warns of functions that it calls on tensors
+    groups = np.asarray(groups)
     order = np.argsort(groups, kind="stable")
     _, starts = np.unique(groups[order], return_index=True)
     return np.split(order, starts[1:])
@@ -359,9 +360,10 @@ class Embedder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
-        self.features = count_features(backbone, self.backbone.eval(), size)
+        self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
+        load_head(self.head, weights)
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -685,16 +687,18 @@ def train(args, splits, state, run):
     # Validate on the reference condition, and on the one that selects the best epoch.
     lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
     validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
-    if not state.history:  # before the first epoch
-        scores = validate(network, validation_batches, load(validation_batches, args))
-        state.history.append({"epoch": 0, "loss": None, **scores})
-        print_epoch(args, state, splits)
-    # Loaders last until the end, so that workers start once and prefetch during validations.
+    # Both loaders last until the end, so that workers start once and prefetch during validations.
     first, last = state.epochs * args.iterations, args.epochs * args.iterations
     training_loader = load(training_batches, args, range(first, last))
     per_epoch = validation_batches.per_epoch
-    validation_loader = load(validation_batches, args,
-                             range(state.epochs * per_epoch, args.epochs * per_epoch))
+    numbers = [*range(state.epochs * per_epoch, args.epochs * per_epoch)]
+    if not state.history:  # epoch 0 sees the backgrounds of epoch 1
+        numbers = [*range(per_epoch), *numbers]
+    validation_loader = load(validation_batches, args, numbers)
+    if not state.history:
+        scores = validate(network, validation_batches, validation_loader)
+        state.history.append({"epoch": 0, "loss": None, **scores})
+        print_epoch(args, state, splits)
     while not state.is_finished:
         start = time.monotonic()
         epoch = state.epochs + 1
@@ -723,8 +727,7 @@ def train(args, splits, state, run):
             raise UserError(f"--lr {args.lr}: the loss is {mean_loss} in epoch {epoch}; give a "
                             "lower lr")
         trained = time.monotonic()
-        scores = validate(network, validation_batches,
-                          itertools.islice(validation_loader, per_epoch))
+        scores = validate(network, validation_batches, validation_loader)
         now = time.monotonic()
         state.history.append({"epoch": epoch, "loss": mean_loss, **scores, "seconds": now - start,
                               "seconds_validation": now - trained})
@@ -735,8 +738,9 @@ def train(args, splits, state, run):
         print_epoch(args, state, splits)
 
 
-def validate(network, validation_batches, items):
-    """{condition: metrics} of clean photos and of one draw of other backgrounds."""
+def validate(network, validation_batches, validation_loader):
+    """{condition: metrics} of the next epoch's items: clean photos, one draw of backgrounds."""
+    items = itertools.islice(validation_loader, validation_batches.per_epoch)
     embedded = embed(network, items, replaced_views)
     check_finite(embedded, validation_batches.photos)
     return {condition: retrieval_metrics(draws[0], validation_batches.labels, ks=(1,))
@@ -852,13 +856,21 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
+with contextlib.suppress(ImportError):  # phones take HEIC photos, which Pillow alone cannot read
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
-PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
+SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
+           "cub200": "https://data.caltech.edu/records/65de6-vp158",
+           "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
+CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
 
 
 def dataset_root(dataset, data):
@@ -867,33 +879,61 @@ def dataset_root(dataset, data):
         return make_toy(Path(data, "toy"))
     if dataset in PLACES:
         for place in PLACES[dataset]:
-            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-                if found.exists():
-                    return found.parent
-        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; put it there (README, Reproduce the paper)")
+            for found in find_below(Path(data), place):
+                return found.parent
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor up to "
+                        f"two folders deeper; download it from {SOURCES[dataset]}")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
                         f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
+def find_below(folder, pattern):
+    """The paths that match a pattern in a folder, then those one and two folders deeper. Hidden
+    folders are skipped: run_all.sh unpacks into one."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        found += sorted(folder.glob(depth + pattern))
+    return [path for path in found if not is_hidden(path.relative_to(folder))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def list_cars196(root):
-    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
+    """[(path, label)] of cars_train/ and cars_test/, or of car_ims/. Raises UserError."""
+    if (root / "cars_train").is_dir() and (root / "cars_test").is_dir():
+        listed = (read_cars196(root, "cars_train", "cars_train_annos") +
+                  read_cars196(root, "cars_test", "cars_test_annos_withlabels"))
+    elif (root / "car_ims").is_dir():
+        listed = read_cars196(root, "car_ims", "cars_annos")
+    else:
+        raise UserError(f"{root}: cars_test/ is missing; download it from {SOURCES['cars196']}")
+    first = min(number for _, number in listed)  # 1 in the official lists, 0 in some copies
+    return [(path, number - first) for path, number in listed]
+
+
+def read_cars196(root, folder, name):
+    """[(path, number of the class)] of one folder, from the list NAME.mat. Raises UserError."""
     from scipy.io import loadmat
 
-    if (root / "car_ims").is_dir():
-        files = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    listed = []
-    for file, folder, field in files:
-        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
-        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-    return listed
+    photos = root / folder
+    if (photos / folder).is_dir():  # Kaggle's cars_train/cars_train/
+        photos = photos / folder
+    # A browser may name a list "cars_annos (1).mat". The devkit's list of cars_test/ has no labels.
+    for path in find_below(root, name.removesuffix("_withlabels") + "*.mat"):
+        try:
+            rows = loadmat(str(path), simplify_cells=True)["annotations"]
+        except Exception as error:  # scipy raises nearly anything
+            raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
+                            f"{CARS196_LISTS}") from error
+        if "class" in rows[0]:
+            field = "fname" if "fname" in rows[0] else "relative_im_path"
+            return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
+    raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
+                    f"it from {CARS196_LISTS} into this folder")
 
 
 def list_sop(root):
@@ -905,16 +945,30 @@ def list_sop(root):
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    folders, labels = visible(root / "images"), {}
-    for label, folder in enumerate(filter(list_photos, folders)):
-        labels |= dict.fromkeys(list_photos(folder), label)
-    found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
-                       path.suffix.lower() or path.name for path in found if path not in labels)
+    folders = visible(root / "images")
+    classes = [photos for photos in map(list_photos, folders) if photos]
+    listed = [(photo, label) for label, photos in enumerate(classes) for photo in photos]
+    found = itertools.chain(*(visible(folder) or [folder] for folder in folders))
+    print_left_out(root / "images", found, [photo for photo, _ in listed])
+    return listed
+
+
+def print_left_out(folder, found, photos):
+    """Prints how many of the paths that were found in a folder are not among its photos."""
+    photos = set(photos)
+    left_out = Counter()
+    for path in found:
+        if path in photos:
+            continue
+        if path.is_dir():
+            left_out["sub-folders or folders without photos"] += 1
+        else:
+            left_out[path.suffix.lower() or "files without a suffix"] += 1
     if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
-              + "; convert .heic to .jpg" * (".heic" in left_out))
-    return list(labels.items())
+        line = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+        if left_out.keys() & HEIC_SUFFIXES:
+            line += "; for HEIC photos, run: pip install pillow-heif"
+        print(f"left out of {folder}: {line}")
 
 
 def visible(folder):
@@ -957,7 +1011,13 @@ def load_splits(dataset, data="data", *, measure=None, need_masks=True):
     masks = [mask_path(root, image) for image in images]
     if dataset in SPLITS:
         check_counts(dataset, root, labels)
-    check_files(dataset, data, root, images, masks, need_masks)
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); download "
+                        f"{dataset} again from {SOURCES[dataset]}")
+    if need_masks:
+        where = f" --data {data}" if dataset in SPLITS else ""
+        check_mask_files(root, masks, f"python masks.py --dataset {dataset}{where}")
 
     photos = Split(images, masks, labels)
     left_out = choose(photos, labels < 0)  # none
@@ -1016,22 +1076,6 @@ def check_counts(dataset, root, labels):
                         f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
 
 
-def check_files(dataset, data, root, images, masks, need_masks):
-    """Raises UserError if photos share a mask, or if files are missing."""
-    for mask, photos in Counter(masks).most_common(1):
-        if photos > 1:
-            raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images if not path.is_file()]
-    remedy = f"unpack {root} again"
-    if need_masks and not missing:
-        missing = [path for path in masks if not path.is_file()]
-        remedy = f"run: python masks.py --dataset {dataset}"
-        if dataset in SPLITS:
-            remedy += f" --data {data}"
-    if missing:
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
-
-
 def find_unusable(masks):
     """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
     they are the most."""
@@ -1044,6 +1088,42 @@ def find_unusable(masks):
         print(f"left out: {unusable.sum():,} of {len(masks):,} photos, because their mask is "
               "nearly empty or full (left_out.csv in the run's folder)")
     return unusable
+
+
+def check_mask_files(root, masks, command):
+    """Raises UserError if two photos share a mask or if masks are missing. `command` is masks.py's
+    for this dataset."""
+    shared = shared_masks(masks)
+    if shared:
+        raise UserError(f"{shared[0]}: two photos share this mask (in total: {len(shared):,} such "
+                        f"masks); rename the photos that this command lists: {command} --verify")
+    missing = [mask for mask in masks if not mask.is_file()]
+    if missing:
+        # Masks made by hand are perhaps there under other names. masks.py would make them anew.
+        remedy = f"run: {command}"
+        strays = describe_strays(root, masks)
+        if strays:
+            remedy = f"{strays}: rename or delete them, then {remedy}"
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} masks); {remedy}")
+
+
+def shared_masks(masks):
+    """The masks that belong to two photos or more, such as b.jpg and b.png, in their order."""
+    return [mask for mask, photos in Counter(masks).items() if photos > 1]
+
+
+def describe_strays(root, masks):
+    """Says how many files in ROOT/masks are no photo's mask; "" if there are none."""
+    expected = set(masks)
+    strays = [path for path in sorted((root / "masks").rglob("*")) if path not in expected
+              and path.is_file() and not is_hidden(path.relative_to(root))]
+    if not strays:
+        return ""
+    text = f"{root / 'masks'} has {len(strays):,} files that fit no photo, such as {strays[0]}"
+    same_letters = {unicodedata.normalize("NFC", str(mask)) for mask in masks}
+    if unicodedata.normalize("NFC", str(strays[0])) in same_letters:
+        text += " (it differs from a photo's mask only in the Unicode form of its name)"
+    return text
 
 
 # ---- 10. Photos ----------------------------------------------------------------------------------
@@ -1061,8 +1141,21 @@ def open_image(path):
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
+        raise UserError(f"{path}: {explain_unreadable(path, error)}") from error
+
+
+def explain_unreadable(path, error):
+    """What a file is that Pillow cannot read, and what to do."""
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs instead of an image; run: git lfs pull"
+    is_heic = start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")  # whatever its suffix
+    if is_heic and not HEIC_SUFFIXES & PHOTO_SUFFIXES:
+        return "a HEIC photo; run: pip install pillow-heif"
+    return (f"not a readable image ({error}); replace it with a good copy of the same name "
+            "(masks.py --verify lists all damaged photos), and the same command resumes")
 
 
 def open_rgb(path):
@@ -1095,16 +1188,26 @@ def open_pair(image, mask):
     """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
     photo, opened = open_rgb(image), open_mask(mask)
     if photo.size != opened.size:
-        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
-                        "the mask and run masks.py")
+        problem = f"{mask}: its size is {opened.size}, the photo's is {photo.size}"
+        with Image.open(image) as stored:
+            fits_as_stored = stored.size == opened.size
+        if fits_as_stored:
+            raise UserError(f"{problem}, because the photo's EXIF tag turns it; turn "
+                            "the mask in the same way")
+        raise UserError(f"{problem}; delete the mask and run masks.py")
     return photo, opened
 
 
 def mask_faults(mask):
     """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
+    foreground, grey = mask_shares(mask)
+    return foreground < EMPTY, foreground > FULL, grey > FUZZY, foreground
+
+
+def mask_shares(mask):
+    """(share of foreground, share of grey) of the pixels of a mask."""
     pixels = np.asarray(mask)
-    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
-    return share < EMPTY, share > FULL, grey > FUZZY, share
+    return (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
 
 
 @functools.cache
@@ -1190,12 +1293,14 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
-    if sys.platform != "linux":
-        return 1.0
-    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
-    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    """Fraction of memory available, of this machine or container or job; 1.0 if unknown."""
+    free = [1.0]
+    with contextlib.suppress(OSError, KeyError):  # only Linux has this file, and not every sandbox
+        machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+        free.append(int(machine["MemAvailable"]) / int(machine["MemTotal"]))
+    groups = ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
     for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
         group = Path("/sys/fs/cgroup", version1, path)
         names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
@@ -1372,18 +1477,36 @@ BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52de
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
+def default_weights(name):
+    """The default ImageNet weights of a torchvision network, which state its size and scaling."""
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def default_image_size(name, dataset):
+    """The side of the crops without --image-size. A torchvision network has its own, whatever its
+    weights are; on toy, whose photos are small, it has no more than it needs."""
+    size = (TOY_DEFAULTS if dataset == "toy" else DEFAULTS)["image_size"]
+    if name not in TORCHVISION:
+        return size
+    if dataset == "toy":
+        return max(size, *default_weights(name).meta["min_size"])
+    return default_weights(name).transforms().crop_size[0]
+
+
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
-    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    (what FOLDER:NAME returns), none (random) or a file; see read_weights(). Raises UserError."""
     try:
         network = build_network(name, weights)
     except URLError as error:
         raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
                         "file that you have with --weights FILE") from error
-    if weights not in ("imagenet", "own", "none"):
-        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    removed = ("last_linear",) if name == "bninception" else ()
     if name in TORCHVISION:
-        remove_classifier(network)
+        removed = remove_classifiers(network)
+    if is_file(weights):
+        state, _ = read_weights(weights)
+        fit_weights(network, state, removed, weights)
     return network
 
 
@@ -1397,13 +1520,28 @@ def build_network(name, weights):
         network = BNInception()
         if weights == "imagenet":
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-            load_weights(network, state)
+            fit_weights(network, state, ("last_linear",), weights)
         return network
     if name in TORCHVISION:
         pretrained = "DEFAULT" if weights == "imagenet" else None
         return torchvision.models.get_model(name, weights=pretrained)
     raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
                     "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+
+
+def remove_classifiers(network):
+    """Replaces the last layer with 1000 outputs of a torchvision network by nn.Identity(), removes
+    auxiliary classifiers, and returns the paths of both."""
+    removed = [name for name in ("aux1", "aux2", "AuxLogits") if hasattr(network, name)]
+    for name in removed:  # of GoogLeNet and Inception v3, which need larger images in training
+        setattr(network, name, None)
+    # Otherwise these two return auxiliary outputs, and do not scale their input.
+    network.aux_logits, network.transform_input = False, True
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
+    return (*removed, classifiers[-1])
 
 
 def load_hub(name, weights):
@@ -1413,41 +1551,183 @@ def load_hub(name, weights):
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
-    for module in network.modules():
-        if weights == "none" and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    network = getattr(network, "_orig_mod", network)  # without torch.compile()
+    network = network.cpu().float()
+    if weights == "none":
+        randomise(network)
     return network
 
 
-def load_weights(network, state):
-    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
-    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
-    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+@torch.no_grad()
+def randomise(network):
+    """Makes every parameter random: by the reset_parameters() of its module or, if there is none,
+    as for class tokens, by a random order of its values. Those keep their distribution."""
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in network.named_parameters():
+        if torch.equal(parameter, before[name]):
+            order = torch.randperm(parameter.numel())
+            parameter.copy_(before[name].flatten()[order].view_as(parameter))
+
+
+def is_file(weights):
+    return weights not in ("imagenet", "own", "none")
+
+
+def read_weights(file):
+    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
+    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
+    try:
+        if Path(file).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"--weights {file}: cannot be read; pip install safetensors") from error
+    except Exception as error:  # torch.load raises nearly anything
+        raise UserError(f"--weights {file}: not a file of weights ({type(error).__name__}); save "
+                        "a network's state_dict() with torch.save()") from error
+    if isinstance(content, dict) and {"network", "history"} <= content.keys():  # of State.save()
+        return below("backbone.", content["network"]), below("head.", content["network"])
+    for key in ("state_dict", "model"):  # of PyTorch Lightning, and of torchvision's own scripts
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
+        raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
+                        "with torch.save()")
+    return content, {}
+
+
+def below(prefix, state):
+    """The entries of a state dict whose names have this prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix)}
+
+
+def fit_weights(network, state, removed, weights):
+    """Loads a state dict, except what belongs to the removed classifiers. If it does not fit, it
+    loads nothing and raises a UserError that names the first tensor."""
+    own, given = network.state_dict(), {}
+    for name, value in state.items():
+        if name not in own:  # these prefixes come from DataParallel and torch.compile()
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if not name.startswith(tuple(f"{path}." for path in removed)):
+            given[name] = value
+    for name in own | given:
+        ours, theirs = shape_of(name, own), shape_of(name, given)
+        if theirs == "missing" and name.endswith("num_batches_tracked"):
+            continue  # files of old PyTorch versions lack it, and nothing uses it
+        if ours != theirs:
+            raise UserError(f"--weights {weights}: {name} does not fit (in the file: {theirs}, in "
+                            f"the network: {ours}); give weights of this --backbone")
+    own.update(given)  # unlike many files, `own` knows the versions of its modules
+    network.load_state_dict(own)
+
+
+def shape_of(name, state):
+    return list(getattr(state[name], "shape", ())) if name in state else "missing"
+
+
+def load_head(head, weights):
+    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else {}
+    if not saved:
+        return
+    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+        head.load_state_dict(saved)
+        print(f"--weights {weights}: the backbone and the linear layer of a run")
+    else:
+        print(f"--weights {weights}: the backbone of a run, without its linear layer, whose size "
+              f"is {len(saved['bias'])}")
 
 
 def input_scaling(name, network):
     """The network input: the order of the channels, and the mean and standard deviation of pixels
-    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    in [0, 255]. They are ImageNet's unless the network, or torchvision for it, states others."""
     if name == "bninception":
         return BGR_CAFFE
-    order, *scaling = RGB_IMAGENET
-    for i, attribute in enumerate(("mean", "std")):
-        if ":" in name and hasattr(network, attribute):
-            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
-            if scaling[i].max() > 255:
-                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
-    return order, *scaling
+    order, mean, std = RGB_IMAGENET
+    if name in TORCHVISION:
+        transforms = default_weights(name).transforms()
+        mean = [255 * value for value in transforms.mean]
+        std = [255 * value for value in transforms.std]
+    if ":" in name:
+        mean = stated_scaling(name, network, "mean") or mean
+        std = stated_scaling(name, network, "std") or std
+    return order, mean, std
+
+
+def stated_scaling(name, network, attribute):
+    """The attribute `mean` or `std` of a network from a folder, or else that of timm's
+    `pretrained_cfg`, for pixels in [0, 255]; None if neither is stated. Raises UserError."""
+    config = getattr(network, "pretrained_cfg", None)
+    from_timm = config.get(attribute) if isinstance(config, dict) else None
+    values = three_numbers(getattr(network, attribute, None)) or three_numbers(from_timm)
+    if not values:
+        return None
+    if max(values) > 1:
+        raise UserError(f"--backbone {name}: its {attribute} exceeds 1; divide it by 255")
+    if attribute == "std" and min(values) <= 0:
+        raise UserError(f"--backbone {name}: its std is not above 0; give the standard deviation "
+                        "of pixels in [0, 1]")
+    return [255 * value for value in values]
+
+
+def three_numbers(value):
+    """One number, or three in any shape, as a list of three; None for all else, as for a method."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if len(numbers) == 1:
+        return 3 * numbers
+    return numbers if len(numbers) == 3 else None
 
 
 @torch.no_grad()
 def count_features(name, network, size):
-    """The number of features of a network. Raises UserError if it does not give (B, features)."""
-    output = network(torch.zeros(2, 3, size, size))
-    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-        raise UserError(f"--backbone {name}: its output for 2 images is "
-                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+    """The number of features of an Embedder's backbone. Raises UserError if it does not give
+    (B, features), or if the features of an image depend on its batch, as in training mode."""
+    buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
+    pixels = 255 * torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = network.normalise(pixels)
+    with torch.random.fork_rng(devices=[]):  # dropout in training mode draws random numbers
+        alone = compute_features(name, network, images[:1])
+        together = compute_features(name, network, images)
+    for key, buffer in network.named_buffers():  # running statistics in training mode have moved
+        if key in buffers and buffer.shape == buffers[key].shape:
+            buffer.copy_(buffers[key])
+    change = float((together[0] - alone[0]).norm() / alone[0].norm().clamp(min=1e-30))
+    if change > 0.01:
+        raise UserError(f"--backbone {name}: the features of an image change by {change:.0%} of "
+                        "their length if it is in a batch of three; let eval() reach all dropout "
+                        "and BatchNorm (modules in a plain list are not registered)")
+    return alone.shape[1]
+
+
+def compute_features(name, network, images):
+    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    count, size = len(images), images.shape[-1]
+    try:
+        features = network.backbone(images)
+    except Exception as error:  # the network of a user raises nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if name in TORCHVISION:
+            right = default_weights(name).transforms().crop_size[0]
+            raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
+                            f"--image-size {right}") from error
+        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
+                        "give a network that takes any number of images of this size") from error
+    if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
+        raise UserError(f"--backbone {name}: its output for {count} images is "
+                        f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
-    return output.shape[1]
+    return features.float()
 
 
 def has_gradient(network, size):
@@ -1469,14 +1749,45 @@ def check_trainable(args, network):
                         "--embedding 0 to train a linear layer on top")
 
 
-def remove_classifier(network):
-    """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
-    network.aux_logits, network.transform_input = False, True
-    classifiers = [path for path, layer in network.named_modules() if 1000 in
-                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, classifier = classifiers[-1].rpartition(".")
-    setattr(network.get_submodule(parent), classifier, nn.Identity())
+def load_embedder(run, args):
+    """The Embedder of a run's best epoch, in eval mode. Without gradients of its weights, the
+    gradients of its input need less memory."""
+    network = Embedder(args.backbone, "none", args.image_size, args.embedding)
+    saved = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+class PixelEmbedder(nn.Module):
+    """An Embedder that scales its input: (B, 3, S, S) RGB in [0, 255] -> (B, D) of unit length. So
+    nobody can feed an exported file wrongly."""
+
+    def __init__(self, embedder):
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images):
+        return self.embedder(self.embedder.normalise(images.float()))
+
+
+def load_network(run, device="cpu"):
+    """(network, preprocess) of a finished run, for use in other programs. preprocess(path) gives a
+    photo (3, S, S) uint8, upright, resized and cropped as in the test. network is a PixelEmbedder
+    in eval mode. Raises UserError if the run is not finished."""
+    file = Path(run, "result.json")
+    if not file.is_file():
+        raise UserError(f"{run}: not a finished run; give a folder with a result.json")
+    result = json.loads(file.read_text())
+    if result.get("format") != FORMAT:
+        raise UserError(f"{run}: another version of bgbias.py made it; give a run of this version")
+    args = argparse.Namespace(**result["args"])
+
+    def preprocess(path):
+        photo = Photos([path], None, args.image_size, keep=False)[0]
+        return TF.center_crop(photo, args.image_size)
+
+    network = PixelEmbedder(load_embedder(run, args))
+    return network.eval().to(device), preprocess
 
 
 # ---- 13. Toy -------------------------------------------------------------------------------------
@@ -1737,7 +2048,7 @@ def explain_drop(result):
              f"{np.mean(columns['object only']):.1f}"]
     steps = []
     for before, after in itertools.pairwise(names):
-        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # -0.0 becomes 0.0
+        change = round(np.mean(columns[after]) - np.mean(columns[before]), 1) + 0  # not -0.0
         draws = columns[CHAIN[after]]
         spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
         steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
@@ -1876,7 +2187,8 @@ def report(folder, only=None):
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # The name of the folder is short, because a file's name may be as long as the system allows.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
         save(draft)
         draft.replace(path)
@@ -1982,7 +2294,8 @@ def default_settings(args):
         "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
         "lr": defaults["lr"], "backbone": defaults["backbone"],
         "weights": "own" if ":" in backbone else defaults["weights"],
-        "embedding": EMBEDDING, "image_size": defaults["image_size"], "select": select}
+        "embedding": 0 if args.measure else EMBEDDING,
+        "image_size": default_image_size(backbone, args.dataset), "select": select}
 
 
 def check_args(args):
@@ -2059,7 +2372,7 @@ def network_checksum(args):
     """The checksum of the files that a network is made of: its weights file, or the folder of its
     hubconf.py. None if there is no such file."""
     files = []
-    if args.weights not in ("imagenet", "own", "none"):
+    if is_file(args.weights):
         files.append(Path(args.weights))
     if ":" in args.backbone:
         folder = Path(args.backbone.rpartition(":")[0])

@@ -136,12 +136,10 @@ def load_run(folder, device):
 def network_of(run, *, trained=True):
     """The network of the run's best epoch, or one with random weights."""
     args = run.args
+    if trained:
+        return bgbias.load_embedder(run.folder, args).to(args.device)
     torch.manual_seed(seed_of(args.seed, WEIGHTS_SEED))
     network = bgbias.Embedder(args.backbone, "none", args.image_size, args.embedding)
-    if trained:
-        saved = torch.load(run.folder / "best.pt", map_location="cpu", weights_only=True)
-        network.load_state_dict(saved["network"])
-    # Without gradients of the weights, the backward pass needs less memory.
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 

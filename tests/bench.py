@@ -91,9 +91,9 @@ def bench_input():
         Path(folder, "pool").mkdir()
         pool = photos(f"{folder}/pool", 20, (1280, 960))
         labels = np.repeat(np.arange(8), 4)
-        batches = bgbias.Batches(
-            photos=bgbias.Photos(images, masks, 227), labels=labels, size=227, seed=(0,), draws={"replaced": 1},
-            pool=bgbias.Photos(pool, None, 227), sampler=bgbias.MPerClassSampler(labels, 4, 32))
+        batches = bgbias.TrainingBatches(
+            bgbias.Photos(images, masks, 227), labels, bgbias.MPerClassSampler(labels, 4, 32), size=227, seed=(0,),
+            bgaugment="pool", pool=bgbias.Photos(pool, None, 227))
         numbers = itertools.count()
         view = transforms.Compose([
             transforms.Resize(256), transforms.RandomResizedCrop(227, bgbias.CROP_SCALE, bgbias.CROP_RATIO),
@@ -208,15 +208,15 @@ def bench_validation():
     with tempfile.TemporaryDirectory() as folder:
         images, masks = photos(folder, 96, (340, 256)), photos(folder, 96, (340, 256), "L")
         labels = np.repeat(np.arange(24), 4)
-        batches = bgbias.Batches(photos=bgbias.Photos(images, masks, 227), labels=labels, size=227, seed=(0,),
-                                 pool=bgbias.Photos(images, None, 227), draws={"replaced": 1})
+        batches = bgbias.EvaluationBatches(bgbias.Photos(images, masks, 227), labels, size=227, seed=(0,), draws=1,
+                                           pool=bgbias.Photos(images, None, 227))
         model = bgbias.Embedder("bninception", "none", 227).to(DEVICE).eval()
         args = types.SimpleNamespace(workers=None, device=DEVICE)
         bgbias.choose_device(args)
         ready = [torch.randn(len(batches[n][0]), 3, 227, 227, device=DEVICE) for n in range(3) for _ in range(2)]
 
         def validate():
-            embedded = bgbias.embed(model, bgbias.loader(batches, args))
+            embedded = bgbias.embed(model, bgbias.load(batches, args), bgbias.replaced_views)
             for condition in ("clean", "replaced"):
                 bgbias.retrieval_metrics(embedded[condition][0], labels, (1,))
 
@@ -242,7 +242,8 @@ def bench_epoch():
         bgbias.choose_device(args)
         labels = np.repeat(np.arange(75), 4)
         splits = {"train": bgbias.Split(images[96:], masks[96:], labels[96:]),
-                  "val": bgbias.Split(images[:96], masks[:96], labels[:96])}
+                  "val": bgbias.Split(images[:96], masks[:96], labels[:96]),
+                  "test": bgbias.Split(images[:96], masks[:96], labels[:96])}
         state = bgbias.State(args, 51, "none")
         bgbias.train(args, splits, state, Path(folder, "run"))
     x, y = torch.randn(32, 3, 227, 227, device=DEVICE), torch.arange(8, device=DEVICE).repeat_interleave(4)

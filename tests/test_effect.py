@@ -11,12 +11,12 @@ import pytest
 import bgbias
 from conftest import ROOT
 
-RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--epochs", "0"]}
+RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--measure"]}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, toy):
-    """{run: {condition: MAP@R in %, one per draw; "report": its text}} of two shortened runs and the
+    """{run: {condition: MAP@R in %, one per draw; "fooled"; "report": its text}} of two shortened runs and the
     untrained network."""
     folder = tmp_path_factory.mktemp("effect")
     started = [subprocess.Popen([sys.executable, ROOT / "bgbias.py", "--epochs", "4", "--device", "cpu", "--data",
@@ -26,8 +26,11 @@ def results(tmp_path_factory, toy):
     found = {}
     for name in RUNS:
         file, = folder.glob(f"{name}/*/result.json")
+        result = json.loads(file.read_text())
         found[name] = {condition: [100 * draw["map@r"] for draw in draws]
-                       for condition, draws in json.loads(file.read_text())["test"].items()}
+                       for condition, draws in result["test"].items()}
+        found[name]["fooled"] = [100 * share for share in result["fooled"]]
+        found[name]["confused"] = [100 * share for share in result["confused"]]
         found[name]["report"] = bgbias.report(folder / name)
     return found
 
@@ -35,14 +38,18 @@ def results(tmp_path_factory, toy):
 def test_base_relies_on_the_background(results):
     base = results["base"]
     assert np.mean(base["clean"]) - np.mean(base["replaced"]) > 20
+    assert np.mean(base["clean"]) - np.mean(base["any_class"]) > 20  # also without any foreign background
     assert np.mean(base["background_only"]) > 30
+    assert np.mean(base["fooled"]) > 10 + np.mean(base["confused"])  # by the query's own background
 
 
 def test_bgaugment_reduces_the_bias(results):
     base, bgaugment = results["base"], results["bgaugment"]
     assert np.mean(bgaugment["replaced"]) - np.mean(base["replaced"]) > 10
     assert np.mean(bgaugment["query"]) - np.mean(base["query"]) > 10
+    assert np.mean(bgaugment["any_class"]) - np.mean(base["any_class"]) > 10
     assert np.mean(bgaugment["background_only"]) < np.mean(base["background_only"])
+    assert np.mean(bgaugment["fooled"]) < np.mean(base["fooled"])
 
 
 def test_it_comes_from_learning(results):
@@ -52,7 +59,8 @@ def test_it_comes_from_learning(results):
 
 def test_draws_of_backgrounds_agree(results):
     for test in results.values():
-        assert 0 < np.std(test["replaced"], ddof=1) < 3
+        for condition in ("replaced", "any_class", "same_class"):
+            assert len(test[condition]) == 5 and 0 < np.std(test[condition], ddof=1) < 3
 
 
 def test_chance_is_that_of_random_rankings(results):
@@ -64,6 +72,6 @@ def test_chance_is_that_of_random_rankings(results):
     assert all(f"1,000 photos, chance {chance:.2g} %, data " in test["report"] for test in results.values())
 
 
-def test_lost_is_a_number_if_the_network_has_learned(results):
+def test_drop_is_a_number_if_the_network_has_learned(results):
     for test in (results["base"], results["bgaugment"]):
         assert f"| {100 * (1 - np.mean(test['replaced']) / test['clean'][0]):.2f} " in test["report"]

@@ -229,6 +229,8 @@ def test_what_the_drop_of_a_run_is_made_of(tmp_path, flags, clean, pasted, path,
     conditions, changes, *others = text.splitlines()
     assert re.findall(r"-?\d+\.\d", conditions) == [*path.split(), "18.0"] and "object only 18.0" in conditions
     assert re.findall(r"[-+]\d+\.\d", changes) == steps.split() and "order" in changes
+    # The five draws of any class meet 17, 16, 18, 17, 16 % of same class.
+    assert "no longer goes with the class -5.0 ± 0.8" in changes and "cutting and pasting " + steps[:4] + "," in changes
     assert ("check the masks" in text) == hint and "loss" not in text
 
 
