@@ -206,7 +206,7 @@ def rows_of_table(text):
 
 def slow_network(folder):
     """The weights in best.pt in float64: (B, 3, S, S) normalised -> (B, D)."""
-    network = bgbias.Embedder("smallconv", "none", SIZE)
+    network = bgbias.Embedder("smallconv", "none", SIZE, result(folder)["args"]["embedding"])
     network.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["network"])
     network.double()
     return lambda x: nn.functional.normalize(network.head(network.backbone(x)))
