@@ -275,14 +275,15 @@ def group_runs(runs):
 
 def compare(base, other):
     """(mean of other - base, bounds of its 95 % bootstrap interval, fraction of images where it is
-    positive) of two {image: Score}; None if no image has both scores."""
+    positive, number of images) of two {image: Score}; None if no image has both scores."""
     gain = np.array([other[image].score - base[image].score for image in base if image in other])
     gain = gain[np.isfinite(gain)]
     if len(gain) == 0:
         return None
     rng = np.random.default_rng(0)
     means = [rng.choice(gain, len(gain)).mean() for _ in range(RESAMPLES)]
-    return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return gain.mean(), low, high, (gain > 0).mean(), len(gain)
 
 
 def score_table(groups, scores):
@@ -302,7 +303,7 @@ def score_table(groups, scores):
             gain = compare(scores[base.folder], found) if base and run is not base else None
             if gain:
                 row["over base [95 %]"] = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
-                row["images improved"] = f"{100 * gain[3]:.0f} %"
+                row["images improved"] = f"{100 * gain[3]:.0f} % of {gain[4]:,}"
             for paper in bgbias.paper_row(vars(run.args)):
                 rows.append({"": paper[""], "attention": paper["attention"]})
             if undefined:
@@ -400,9 +401,10 @@ def heated(photo, attention):
     return Image.composite(Image.merge("RGB", (full, level, empty)), grey, level)
 
 
-def left_out(batches, rows, condition):
+def ignored_photos(batches, rows, condition):
     """(Q, 1 or 2): the photos that leave the gallery of the queries `rows`: the query itself and,
-    if its background is that of another test photo, this lender. The test's `query` does so too."""
+    if its background is that of another test photo, this lender. The test's `query` ignores the
+    same photos."""
     queries = torch.as_tensor(rows)[:, None]
     if condition != "any_class":
         return queries
@@ -413,15 +415,15 @@ def left_out(batches, rows, condition):
 def nearest(run, batches, rows):
     """{"clean": (Q, K), "replaced" or "any_class": (Q, K)}: the clean photos that are nearest to
     each photo in `rows`, which is clean or has another background: draw 0 of the run's reference
-    condition. Their first columns are what Recall@1 of the test's `query` counts."""
+    condition. Recall@1 of the test's `clean` and `query` counts the first columns."""
     items = bgbias.progress(bgbias.load(batches, run.args), str(run.folder), batches.per_epoch)
     embeddings = bgbias.embed(network_of(run), items, bgbias.replaced_views)
     center = embeddings["clean"][0].mean(dim=0)  # see query_metrics()
     gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
-        nobody = left_out(batches, rows, condition).to(gallery.device)
-        distances = torch.cdist(queries[rows] - center, gallery).scatter_(1, nobody, torch.inf)
-        count = min(NEIGHBOURS, len(gallery) - nobody.shape[1])
+        ignored = ignored_photos(batches, rows, condition).to(gallery.device)
+        distances = torch.cdist(queries[rows] - center, gallery).scatter_(1, ignored, torch.inf)
+        count = min(NEIGHBOURS, len(gallery) - ignored.shape[1])
         found[condition] = distances.argsort(dim=1)[:, :count].cpu()
     return found
 
@@ -431,9 +433,10 @@ def find_misled(run, batches, rows, near):
     wrong on the new one, though the gallery has a right photo. `near`: what nearest() found."""
     labels, reference = batches.labels, run.args.reference
     right = {condition: labels[found[:, 0]] == labels[rows] for condition, found in near.items()}
-    missing = labels[left_out(batches, rows, reference)] == labels[rows][:, None]
-    remain = labels.bincount()[labels[rows]] > missing.sum(dim=1)
-    return (right["clean"] & ~right[reference] & remain).nonzero()[:, 0].tolist()
+    ignored = ignored_photos(batches, rows, reference)
+    of_class = (labels[ignored] == labels[rows][:, None]).sum(dim=1)
+    answerable = labels.bincount()[labels[rows]] > of_class
+    return (right["clean"] & ~right[reference] & answerable).nonzero()[:, 0].tolist()
 
 
 def versions_of(run, rows):

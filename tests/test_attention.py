@@ -206,7 +206,7 @@ def rows_of_table(text):
 
 def slow_network(folder):
     """The weights in best.pt in float64: (B, 3, S, S) normalised -> (B, D)."""
-    network = bgbias.Embedder("smallconv", "none", SIZE)
+    network = bgbias.Embedder("smallconv", "none", SIZE, result(folder)["args"]["embedding"])
     network.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["network"])
     network.double()
     return lambda x: nn.functional.normalize(network.head(network.backbone(x)))
@@ -403,8 +403,8 @@ def test_compare():
     before, after = (dict(enumerate(scores)) for scores in (base, base + gain))
     before["full"] = after["full"] = np.nan
     before["only here"] = 9.0
-    mean, low, high, improved = ea.compare(scores_of(before), scores_of(after))
-    assert mean == pytest.approx(gain.mean())
+    mean, low, high, improved, images = ea.compare(scores_of(before), scores_of(after))
+    assert mean == pytest.approx(gain.mean()) and images == 200
     assert improved == (gain > 0).sum() / 200
     known = scipy.stats.bootstrap((gain,), np.mean, method="percentile", rng=1)
     assert (low, high) == pytest.approx(tuple(known.confidence_interval), abs=0.02)
@@ -458,9 +458,18 @@ def test_table(runs, capsys):
         gains = [after - before for before, after in zip(base, other)]
         gain, low, high = map(float, re.findall(r"[+-]\d\.\d+", row["over base [95 %]"]))
         assert gain == pytest.approx(statistics.mean(gains), abs=6e-4) and low < gain < high
-        assert row["images improved"] == f"{100 * sum(g > 0 for g in gains) / len(gains):.0f} %"
+        assert row["images improved"] == f"{100 * sum(g > 0 for g in gains) / len(gains):.0f} % of {N - 1}"
     assert others[0] != others[1]
     assert "nan" not in out and out.count(FULL) == 3 and EMPTY not in out  # an undefined score is named
+
+
+def test_gain_of_runs_that_are_scored_on_other_numbers_of_images(runs, capsys):
+    """It rests on the images that both have."""
+    ea.score_run(load(runs[1]))
+    evaluate(*runs[:2], "--limit", "4")
+    rows = rows_of_table(capsys.readouterr().out)
+    assert [row["images"] for row in rows] == ["4", str(N - 1)]
+    assert rows[1]["images improved"].endswith("of 4")
 
 
 def test_table_beside_the_papers():
