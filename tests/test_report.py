@@ -174,8 +174,8 @@ def test_without_a_pool_the_drop_is_measured_on_backgrounds_of_other_photos(tmp_
                    confused=[0.125])
     row = rows_of(tmp_path)["triplet"]
     assert row == {
-        "": "triplet", "seeds": "1", "clean": "20.00", "any class": "16.00 ± 2.00", "drop % (any class)": "20.00 ± 10.00",
-        "query": "16.00 ± 2.24", "object only": "18.00", "background only": "3.00", "photo + object": "22.00",
+        "": "triplet", "seeds": "1", "clean": "20.00", "any class": "16.00 ± 2.00",
+        "drop % (any class)": "20.00 ± 10.00", "query": "16.00 ± 2.24", "object only": "18.00", "background only": "3.00", "photo + object": "22.00",
         "fooled % (confused)": "25.00 (12.50)", "R@1 clean": "25.00", "R@1 any class": "21.00 ± 2.00"}
     chain = rows_of(tmp_path, number=1)["triplet"]
     assert [*chain] == ["", "seeds", "clean", "pasted", "same class", "any class", "object only"]
@@ -244,7 +244,8 @@ def test_the_five_classes_that_drop_most(tmp_path):
     line, = [line for line in bgbias.report(tmp_path, only=run).splitlines() if line.startswith("Classes")]
     assert "(clean → replaced)" in line
     assert re.findall(r"(\w+) (\d+\.\d) → (\d+\.\d)", line) == [
-        ("d", "82.0", "42.0"), ("b", "82.5", "52.5"), ("c", "82.0", "72.0"), ("e", "82.0", "77.0"), ("f", "82.0", "79.0")]
+        ("d", "82.0", "42.0"), ("b", "82.5", "52.5"), ("c", "82.0", "72.0"), ("e", "82.0", "77.0"),
+        ("f", "82.0", "79.0")]
     run = make_run(tmp_path, "--dataset photos", photos=photos, tested="no pool")  # any class is 70 in all photos
     line, = [line for line in bgbias.report(tmp_path, only=run).splitlines() if line.startswith("Classes")]
     assert "(clean → any class)" in line and "b 82.5 → 70.0" in line
