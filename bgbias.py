@@ -870,7 +870,10 @@ PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images"
 SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
            "cub200": "https://data.caltech.edu/records/65de6-vp158",
            "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
-CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
+CARS196_LISTS = {  # where each list of labels is to be had
+    "cars_train_annos": "https://github.com/pytorch/vision/issues/7545",
+    "cars_test_annos_withlabels": "https://github.com/pytorch/vision/issues/7545",
+    "cars_annos": "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"}
 
 
 def dataset_root(dataset, data):
@@ -928,12 +931,12 @@ def read_cars196(root, folder, name):
             rows = loadmat(str(path), simplify_cells=True)["annotations"]
         except Exception as error:  # scipy raises nearly anything
             raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
-                            f"{CARS196_LISTS}") from error
+                            f"{CARS196_LISTS[name]}") from error
         if "class" in rows[0]:
             field = "fname" if "fname" in rows[0] else "relative_im_path"
             return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
     raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
-                    f"it from {CARS196_LISTS} into this folder")
+                    f"it from {CARS196_LISTS[name]} into this folder")
 
 
 def list_sop(root):
