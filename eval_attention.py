@@ -50,7 +50,7 @@ CANDIDATES = 1000  # random queries from which --worst picks, so that SOP fits i
 WIDTH = 900  # px of a picture; a README is about as wide
 GAP = 5  # px between two cells, and the width of a frame
 CAPTION = 16  # px, font of the lines above a row; each line is twice as high
-LABEL = 13  # px, font of the line above a cell; larger ones would cut most class names
+LABEL = 13  # px, font of the line above a cell; a larger one would cut most names of classes
 RIGHT = "#009e73"  # green and orange that colour-blind people can distinguish
 WRONG = "#d55e00"
 
@@ -359,12 +359,13 @@ def draw_grid(rows, columns, file):
 
 
 def shortened(text, font, width):
-    """As much of the text as fits in `width` px."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    """The text, without its middle if it is wider than `width` px. Names of classes often differ
+    only in their first or last characters."""
+    shown, kept = text, len(text)
+    while font.getlength(shown) > width and kept > 0:
+        kept -= 1
+        shown = f"{text[:kept - kept // 2]}…{text[len(text) - kept // 2:]}"
+    return shown
 
 
 def draw_attention(group, count, file):
