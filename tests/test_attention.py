@@ -163,7 +163,7 @@ def images(sellers):
 def lent_backgrounds(images, labels, *, any_class):
     """Draw 0 of the test's lenders of 44 photos, and their photos with the object removed."""
     groups = [0] * len(labels) if any_class else labels
-    lenders = bgbias.draw_lenders(groups, (42, bgbias.TEST_SEED, 0), 5)[0]
+    lenders = bgbias.draw_test_lenders(groups, (42, bgbias.TEST_SEED, 0), 5)[0]
     removed = [slow_removal(images[0][k].numpy(), images[1][k, 0].numpy()) for k in lenders]
     return lenders, torch.tensor(np.array(removed)).float()
 
@@ -385,7 +385,7 @@ def test_scores_of_other_masks(runs, sellers, tmp_path, capsys):
 def test_attention_decodes_no_background(runs, monkeypatch):
     """Scores need neither the pool nor lenders."""
     monkeypatch.setattr(bgbias, "list_backgrounds", None)
-    monkeypatch.setattr(bgbias, "draw_lenders", None)
+    monkeypatch.setattr(bgbias, "draw_test_lenders", None)
     assert len(ea.score_run(load(runs[0]), 3)) == 3
 
 
