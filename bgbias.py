@@ -370,7 +370,7 @@ class Embedder(nn.Module):
         self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
-        load_head(self.head, weights)
+        load_head(self.head, weights)  # only from a run's best.pt
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -1610,12 +1610,13 @@ def randomise(network):
 
 
 def is_file(weights):
+    """Whether --weights is a file."""
     return weights not in ("imagenet", "own", "none")
 
 
 def read_weights(file):
-    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
-    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    """({name: tensor} of the network, None) from a file with a state dict or {"state_dict": ...}.
+    For a run's best.pt, the second is {name: tensor} of its linear layer. Raises UserError."""
     if not Path(file).is_file():
         raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
     try:
@@ -1637,7 +1638,7 @@ def read_weights(file):
     if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
         raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
                         "with torch.save()")
-    return content, {}
+    return content, None
 
 
 def below(prefix, state):
@@ -1671,11 +1672,13 @@ def shape_of(name, state):
 
 
 def load_head(head, weights):
-    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
-    saved = read_weights(weights)[1] if is_file(weights) else {}
-    if not saved:
+    """Loads the linear layer of a run from its best.pt if it has the size of ours. Says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else None
+    if saved is None:
         return
-    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+    if not saved:
+        print(f"--weights {weights}: the backbone of a run, which has no linear layer")
+    elif isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
         head.load_state_dict(saved)
         print(f"--weights {weights}: the backbone and the linear layer of a run")
     else:
@@ -1748,7 +1751,7 @@ def count_features(name, network, size):
 
 
 def compute_features(name, network, images):
-    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    """The features of a few images, in float32. Raises UserError if they are not (B, features)."""
     count, size = len(images), images.shape[-1]
     try:
         features = network.backbone(images)
@@ -1758,17 +1761,20 @@ def compute_features(name, network, images):
             right = default_weights(name).transforms().crop_size[0]
             raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
                             f"--image-size {right}") from error
-        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
-                        "give a network that takes any number of images of this size") from error
+        remedy = ("give an --image-size at which it takes a single image" if count == 1 else
+                  "export it for any number of images")
+        raise UserError(f"--backbone {name}: it fails on a batch of {count} at {size} px "
+                        f"({reason}); {remedy}") from error
     if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
-        raise UserError(f"--backbone {name}: its output for {count} images is "
+        raise UserError(f"--backbone {name}: its output for a batch of {count} is "
                         f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
     return features.float()
 
 
 def has_gradient(network, size):
-    """Whether PyTorch can differentiate an Embedder's features with respect to its input."""
+    """Whether PyTorch can differentiate an Embedder's features with respect to its input or, if
+    they require a gradient, its weights."""
     images = torch.zeros(1, 3, size, size, device=network.mean.device, requires_grad=True)
     try:
         return network.backbone(images.clone()).requires_grad
