@@ -21,6 +21,7 @@ Sections in parentheses are the paper's. DIFF marks a difference from the author
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import inspect
 import itertools
@@ -560,7 +561,7 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
             right = near.gather(1, of_class).sort(descending=True).values[:, :n - 1].contiguous()
             wrong = near.scatter_(1, of_class, -math.inf)
             nearest_wrong = wrong.topk(n - 1).values  # (C)
-            # (A) A right item that is left out is at -inf, behind all wrong ones, so its rank is > R.
+            # (A) A right item that is left out is at -inf, so its rank exceeds R.
             ranks = i + torch.searchsorted(-nearest_wrong, -right, right=True)  # (Q, n - 1)
             found = ranks <= R[q, None]  # (B)
             first_rank = 1 + (wrong >= right[:, :1]).sum(dim=1)
@@ -1109,8 +1110,11 @@ def check_counts(dataset, root, labels):
     found = len(labels), int(np.isin(labels, SPLITS[dataset]["test"]).sum())
     wanted = COUNTS[dataset]
     if found != wanted:
+        remedy = "delete it, and it is drawn again"
+        if dataset in SOURCES:
+            remedy = f"download {dataset} again from {SOURCES[dataset]}"
         raise UserError(f"{root}: {found[0]:,} images, {found[1]:,} of them for testing, instead "
-                        f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
+                        f"of {wanted[0]:,} and {wanted[1]:,}; {remedy}")
 
 
 def find_unusable(masks):
@@ -1286,19 +1290,33 @@ class Photos(torch.utils.data.Dataset):
             self.kept.append(photo)
 
     def decode_all(self, title):
-        """Yields all items in order. Threads decode them ahead, until the caller stops."""
-        threads = ThreadPoolExecutor()
+        """Yields all items in order. Threads decode them ahead, until the caller stops. Raises
+        UserError with the number of damaged files; nothing is yielded after the first of them."""
+        threads, errors = ThreadPoolExecutor(), []
         try:
-            decoded = threads.map(self.decode, range(len(self)))
-            yield from progress(decoded, title, len(self))
+            decoded = threads.map(self.try_to_decode, range(len(self)))
+            for photo in progress(decoded, title, len(self)):
+                if isinstance(photo, UserError):
+                    errors.append(photo)
+                elif not errors:
+                    yield photo
         finally:
             threads.shutdown(cancel_futures=True)
+        if errors:
+            raise UserError(f"{errors[0]} (in total: {len(errors):,} damaged files)")
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
         return self.kept[i] if i < len(self.kept) else self.decode(i)
+
+    def try_to_decode(self, i):
+        """The item, or the UserError that says what is wrong with its files."""
+        try:
+            return self.decode(i)
+        except UserError as error:
+            return error
 
     def decode(self, i):
         image = self.images[i]
@@ -2503,7 +2521,8 @@ def main(argv=None):
     splits = load_splits(args.dataset, args.data, measure=args.measure)
     if args.backgrounds:
         for name in ("val", "test"):
-            list_backgrounds(args, name)
+            pool, folder = list_backgrounds(args, name), Path(args.backgrounds, name)
+            print_left_out(folder, visible(folder), pool)
     config = {"format": FORMAT, "args": vars(args), "data": data_checksum(args, splits),
               "network": network_checksum(args), "distance": DISTANCES[args.loss].__name__,
               "device": args.device}
@@ -2661,6 +2680,12 @@ def command(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give a folder with room that you may "
+              "write to (--runs, --data)", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
         print(f"error: {reason}", file=sys.stderr)
