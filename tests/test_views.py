@@ -374,9 +374,9 @@ class Listed:
         return self.lists[seed[-1]]
 
 
-def training(photos, *lists, labels=None, bgaugment="pool", seed=(1, 2)):
+def training(photos, *lists, labels=None, bgaugment="pool", pool=POOL, seed=(1, 2)):
     """TrainingBatches of these photos; the label of a photo is its index, if none are given."""
-    pool = POOL if bgaugment == "pool" else None
+    pool = pool if bgaugment == "pool" else None
     return TrainingBatches(photos, labels or range(len(photos)), Listed(*lists), SIZE, seed, bgaugment, pool)
 
 
@@ -461,18 +461,18 @@ def test_the_order_of_random_numbers(album):
     """As in the versions before: the generator is seeded with the seed, the number of the batch or of the epoch, and
     the place or the index of the photo. In training, the photo's own crop comes first; a pool's photo is drawn right
     before its crop."""
-    photos = Photos(*album, SIZE)
-    rows, batch = [0, 3, 3, 5], training(photos, [], [], [0, 3, 3, 5], seed=(7, 1))[2]
+    photos, pool = Photos(*album, SIZE), Photos(album[0], None, SIZE)
+    rows, batch = [0, 3, 3, 5], training(photos, [], [], [0, 3, 3, 5], pool=pool, seed=(7, 1))[2]
     for k, index in enumerate(rows):
         torch.manual_seed(seed_of(7, 1, 2, k))
         assert torch.equal(batch.photos[k], random_view(photos[index], SIZE))
-        assert torch.equal(batch.backgrounds[k], random_view(POOL[int(torch.randint(12, ()))], SIZE))
-    batches = evaluation(photos, draws=3, lent=LENT, seed=(7, 2))
+        assert torch.equal(batch.backgrounds[k], random_view(pool[int(torch.randint(len(pool), ()))], SIZE))
+    batches = evaluation(photos, pool=pool, draws=3, lent=LENT, seed=(7, 2))
     for epoch, batch in enumerate([batches[0], batches[1], batches[2]]):  # a batch holds all six photos
         for index in range(len(SIZES)):
             torch.manual_seed(seed_of(7, 2, epoch, index))
             for drawn in batch.backgrounds:
-                assert torch.equal(drawn[index], random_view(POOL[int(torch.randint(12, ()))], SIZE))
+                assert torch.equal(drawn[index], random_view(pool[int(torch.randint(len(pool), ()))], SIZE))
 
 
 def test_replacing_backgrounds_changes_nothing_else(album):
