@@ -31,6 +31,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -359,9 +360,10 @@ class Embedder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
-        self.features = count_features(backbone, self.backbone.eval(), size)
+        self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
+        load_head(self.head, weights)
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -702,7 +704,7 @@ def train(args, splits, state, run):
         epoch = state.epochs + 1
         network.train()
         losses = []
-        for step in progress(range(args.iterations), f"epoch {epoch}"):
+        for step in progress(range(args.iterations), f"steps of epoch {epoch}"):
             photos, labels, backgrounds = next(training_loader)
             images, masks = unpack(photos)
             # Seeds all random numbers of this step. Without workers, next() has seeded its own.
@@ -787,7 +789,7 @@ def embed(network, items, views):
 def run_test(network, test_batches, args):
     """Tests a network. Returns the result, {"test": {condition: [metrics of each draw]}, "fooled":
     [share in each draw], "confused": [...]}, and {column: (N,) values of each photo in %}."""
-    items = progress(load(test_batches, args), "test", test_batches.per_epoch)
+    items = progress(load(test_batches, args), "test batches", test_batches.per_epoch)
     embeddings = embed(network, items, all_views)
     check_finite(embeddings, test_batches.photos)
     labels, clean = test_batches.labels, embeddings["clean"][0]
@@ -854,13 +856,21 @@ class UserError(Exception):
 Split = namedtuple("Split", "images masks labels")  # paths, paths, (N,) integers
 COUNTS = {  # images, test images
     "cars196": (16185, 8131), "cub200": (11788, 5924), "sop": (120053, 60502), "toy": (3400, 1000)}
+with contextlib.suppress(ImportError):  # phones take HEIC photos, which Pillow alone cannot read
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # not decoded by Pillow itself
 PHOTO_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN.keys() - NO_PHOTOS}  # all that the installed Pillow reads
 
 # A dataset is recognised by one of these paths. Its root is the folder that contains the path.
-PLACES = {"cars196": ("car_ims", "cars_train"), "cub200": ("CUB_200_2011/images",),
+PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images",),
           "sop": ("Stanford_Online_Products/Ebay_train.txt",)}
+SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
+           "cub200": "https://data.caltech.edu/records/65de6-vp158",
+           "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
+CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
 
 
 def dataset_root(dataset, data):
@@ -869,33 +879,61 @@ def dataset_root(dataset, data):
         return make_toy(Path(data, "toy"))
     if dataset in PLACES:
         for place in PLACES[dataset]:
-            for found in (Path(data, place), *sorted(Path(data).glob(f"*/{place}"))):
-                if found.exists():
-                    return found.parent
-        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor one "
-                        "folder deeper; put it there (README, Reproduce the paper)")
+            for found in find_below(Path(data), place):
+                return found.parent
+        raise UserError(f"--data {data}: {' or '.join(PLACES[dataset])} is neither in it nor up to "
+                        f"two folders deeper; download it from {SOURCES[dataset]}")
     if not Path(dataset, "images").is_dir():
         raise UserError(f"--dataset {dataset}: it has no folder images/; give a folder that has "
                         f"one, or {', '.join(SPLITS)}")
     return Path(dataset)
 
 
+def find_below(folder, pattern):
+    """The paths that match a pattern in a folder, then those one and two folders deeper. Hidden
+    folders are skipped: run_all.sh unpacks into one."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        found += sorted(folder.glob(depth + pattern))
+    return [path for path in found if not is_hidden(path.relative_to(folder))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def list_cars196(root):
-    """[(path, label)] of car_ims/ + cars_annos.mat or of cars_train/, cars_test/ + devkit/."""
+    """[(path, label)] of cars_train/ and cars_test/, or of car_ims/. Raises UserError."""
+    if (root / "cars_train").is_dir() and (root / "cars_test").is_dir():
+        listed = (read_cars196(root, "cars_train", "cars_train_annos") +
+                  read_cars196(root, "cars_test", "cars_test_annos_withlabels"))
+    elif (root / "car_ims").is_dir():
+        listed = read_cars196(root, "car_ims", "cars_annos")
+    else:
+        raise UserError(f"{root}: cars_test/ is missing; download it from {SOURCES['cars196']}")
+    first = min(number for _, number in listed)  # 1 in the official lists, 0 in some copies
+    return [(path, number - first) for path, number in listed]
+
+
+def read_cars196(root, folder, name):
+    """[(path, number of the class)] of one folder, from the list NAME.mat. Raises UserError."""
     from scipy.io import loadmat
 
-    if (root / "car_ims").is_dir():
-        files = [("cars_annos.mat", "", "relative_im_path")]
-    else:
-        test = "cars_test_annos_withlabels.mat"  # a separate download: beside devkit/ or in it
-        test = test if (root / test).exists() else f"devkit/{test}"
-        files = [("devkit/cars_train_annos.mat", "cars_train", "fname"),
-                 (test, "cars_test", "fname")]
-    listed = []
-    for file, folder, field in files:
-        rows = loadmat(str(root / file), simplify_cells=True)["annotations"]
-        listed += [(root / folder / row[field], int(row["class"]) - 1) for row in rows]
-    return listed
+    photos = root / folder
+    if (photos / folder).is_dir():  # Kaggle's cars_train/cars_train/
+        photos = photos / folder
+    # A browser may name a list "cars_annos (1).mat". The devkit's list of cars_test/ has no labels.
+    for path in find_below(root, name.removesuffix("_withlabels") + "*.mat"):
+        try:
+            rows = loadmat(str(path), simplify_cells=True)["annotations"]
+        except Exception as error:  # scipy raises nearly anything
+            raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
+                            f"{CARS196_LISTS}") from error
+        if "class" in rows[0]:
+            field = "fname" if "fname" in rows[0] else "relative_im_path"
+            return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
+    raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
+                    f"it from {CARS196_LISTS} into this folder")
 
 
 def list_sop(root):
@@ -907,16 +945,30 @@ def list_sop(root):
 
 def list_folder(root):
     """[(path, label)] of root/images/<class>/<photo>, sorted by name. Prints what it leaves out."""
-    folders, labels = visible(root / "images"), {}
-    for label, folder in enumerate(filter(list_photos, folders)):
-        labels |= dict.fromkeys(list_photos(folder), label)
-    found = itertools.chain(*(visible(path) or [path] for path in folders))
-    left_out = Counter("folders without photos or inside classes" if path.is_dir() else
-                       path.suffix.lower() or path.name for path in found if path not in labels)
+    folders = visible(root / "images")
+    classes = [photos for photos in map(list_photos, folders) if photos]
+    listed = [(photo, label) for label, photos in enumerate(classes) for photo in photos]
+    found = itertools.chain(*(visible(folder) or [folder] for folder in folders))
+    print_left_out(root / "images", found, [photo for photo, _ in listed])
+    return listed
+
+
+def print_left_out(folder, found, photos):
+    """Prints how many of the paths that were found in a folder are not among its photos."""
+    photos = set(photos)
+    left_out = Counter()
+    for path in found:
+        if path in photos:
+            continue
+        if path.is_dir():
+            left_out["sub-folders or folders without photos"] += 1
+        else:
+            left_out[path.suffix.lower() or "files without a suffix"] += 1
     if left_out:
-        print("left out:", ", ".join(f"{count} {what}" for what, count in left_out.items())
-              + "; convert .heic to .jpg" * (".heic" in left_out))
-    return list(labels.items())
+        line = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+        if left_out.keys() & HEIC_SUFFIXES:
+            line += "; for HEIC photos, run: pip install pillow-heif"
+        print(f"left out of {folder}: {line}")
 
 
 def visible(folder):
@@ -959,7 +1011,13 @@ def load_splits(dataset, data="data", *, measure=None, need_masks=True):
     masks = [mask_path(root, image) for image in images]
     if dataset in SPLITS:
         check_counts(dataset, root, labels)
-    check_files(dataset, data, root, images, masks, need_masks)
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); download "
+                        f"{dataset} again from {SOURCES[dataset]}")
+    if need_masks:
+        where = f" --data {data}" if dataset in SPLITS else ""
+        check_mask_files(root, masks, f"python masks.py --dataset {dataset}{where}")
 
     photos = Split(images, masks, labels)
     left_out = choose(photos, labels < 0)  # none
@@ -1018,27 +1076,11 @@ def check_counts(dataset, root, labels):
                         f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
 
 
-def check_files(dataset, data, root, images, masks, need_masks):
-    """Raises UserError if photos share a mask, or if files are missing."""
-    for mask, photos in Counter(masks).most_common(1):
-        if photos > 1:
-            raise UserError(f"{mask}: two photos share this mask; rename one of them")
-    missing = [path for path in images if not path.is_file()]
-    remedy = f"unpack {root} again"
-    if need_masks and not missing:
-        missing = [path for path in masks if not path.is_file()]
-        remedy = f"run: python masks.py --dataset {dataset}"
-        if dataset in SPLITS:
-            remedy += f" --data {data}"
-    if missing:
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} files); {remedy}")
-
-
 def find_unusable(masks):
     """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
     they are the most."""
     with ThreadPoolExecutor() as threads:
-        faults = [*progress(threads.map(judge_mask, masks), "masks", len(masks))]
+        faults = [*progress(threads.map(judge_mask, masks), "looking at masks", len(masks))]
     unusable = np.array([empty or full for empty, full, _, _ in faults], bool)
     if 2 * unusable.sum() > len(masks):
         raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
@@ -1046,6 +1088,42 @@ def find_unusable(masks):
         print(f"left out: {unusable.sum():,} of {len(masks):,} photos, because their mask is "
               "nearly empty or full (left_out.csv in the run's folder)")
     return unusable
+
+
+def check_mask_files(root, masks, command):
+    """Raises UserError if two photos share a mask or if masks are missing. `command` is masks.py's
+    for this dataset."""
+    shared = shared_masks(masks)
+    if shared:
+        raise UserError(f"{shared[0]}: two photos share this mask (in total: {len(shared):,} such "
+                        f"masks); rename the photos that this command lists: {command} --verify")
+    missing = [mask for mask in masks if not mask.is_file()]
+    if missing:
+        # Masks made by hand are perhaps there under other names. masks.py would make them anew.
+        remedy = f"run: {command}"
+        strays = describe_strays(root, masks)
+        if strays:
+            remedy = f"{strays}: rename or delete them, then {remedy}"
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} masks); {remedy}")
+
+
+def shared_masks(masks):
+    """The masks that belong to two photos or more, such as b.jpg and b.png, in their order."""
+    return [mask for mask, photos in Counter(masks).items() if photos > 1]
+
+
+def describe_strays(root, masks):
+    """Says how many files in ROOT/masks are no photo's mask; "" if there are none."""
+    expected = set(masks)
+    strays = [path for path in sorted((root / "masks").rglob("*")) if path not in expected
+              and path.is_file() and not is_hidden(path.relative_to(root))]
+    if not strays:
+        return ""
+    text = f"{root / 'masks'} has {len(strays):,} files that fit no photo, such as {strays[0]}"
+    same_letters = {unicodedata.normalize("NFC", str(mask)) for mask in masks}
+    if unicodedata.normalize("NFC", str(strays[0])) in same_letters:
+        text += " (it differs from a photo's mask only in the Unicode form of its name)"
+    return text
 
 
 # ---- 10. Photos ----------------------------------------------------------------------------------
@@ -1063,8 +1141,21 @@ def open_image(path):
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly anything
-        raise UserError(f"{path}: not a readable image ({error}); replace it with a good copy of "
-                        "the same name, and the same command resumes") from error
+        raise UserError(f"{path}: {explain_unreadable(path, error)}") from error
+
+
+def explain_unreadable(path, error):
+    """What a file is that Pillow cannot read, and what to do."""
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs instead of an image; run: git lfs pull"
+    is_heic = start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1")  # whatever its suffix
+    if is_heic and not HEIC_SUFFIXES & PHOTO_SUFFIXES:
+        return "a HEIC photo; run: pip install pillow-heif"
+    return (f"not a readable image ({error}); replace it with a good copy of the same name "
+            "(masks.py --verify lists all damaged photos), and the same command resumes")
 
 
 def open_rgb(path):
@@ -1097,16 +1188,26 @@ def open_pair(image, mask):
     """The photo and its mask, as open_rgb() and open_mask(). Raises UserError if sizes differ."""
     photo, opened = open_rgb(image), open_mask(mask)
     if photo.size != opened.size:
-        raise UserError(f"{mask}: its size is {opened.size}, the photo's is {photo.size}; delete "
-                        "the mask and run masks.py")
+        problem = f"{mask}: its size is {opened.size}, the photo's is {photo.size}"
+        with Image.open(image) as stored:
+            fits_as_stored = stored.size == opened.size
+        if fits_as_stored:
+            raise UserError(f"{problem}, because the photo's EXIF tag turns it; turn "
+                            "the mask in the same way")
+        raise UserError(f"{problem}; delete the mask and run masks.py")
     return photo, opened
 
 
 def mask_faults(mask):
     """(is nearly empty, is nearly full, is fuzzy, share of foreground) of a mask."""
+    foreground, grey = mask_shares(mask)
+    return foreground < EMPTY, foreground > FULL, grey > FUZZY, foreground
+
+
+def mask_shares(mask):
+    """(share of foreground, share of grey) of the pixels of a mask."""
     pixels = np.asarray(mask)
-    share, grey = (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
-    return share < EMPTY, share > FULL, grey > FUZZY, share
+    return (pixels >= THRESHOLD).mean(), ((pixels > 25) & (pixels < 230)).mean()
 
 
 @functools.cache
@@ -1117,7 +1218,7 @@ def judge_mask(path):
 
 def check_masks(splits):
     """Prints statistics of a sample of the masks. Raises UserError if most are empty or full."""
-    masks = [mask for split in splits.values() for mask in split.masks]
+    masks = [mask for name in ("train", "val", "test") for mask in splits[name].masks]
     sample = np.random.default_rng(0).permutation(len(masks))[:200]
     faults = np.array([judge_mask(masks[i]) for i in sample])
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
@@ -1140,7 +1241,7 @@ class Photos(torch.utils.data.Dataset):
         if not keep:
             return
         # DIFF: photos are resized once per run, not on every access.
-        for photo in self.decode_all("decoding"):
+        for photo in self.decode_all("decoding photos"):
             if free_memory() < 0.1:
                 print(f"memory is short: {len(self.kept):,} of {len(self):,} photos are kept, the "
                       "rest are decoded on every access (--workers helps)")
@@ -1192,12 +1293,14 @@ class Photos(torch.utils.data.Dataset):
 
 
 def free_memory():
-    """Fraction of memory available, of this machine or container or job; 1.0 if not Linux."""
-    if sys.platform != "linux":
-        return 1.0
-    machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
-    free = [int(machine["MemAvailable"]) / int(machine["MemTotal"])]
-    groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
+    """Fraction of memory available, of this machine or container or job; 1.0 if unknown."""
+    free = [1.0]
+    with contextlib.suppress(OSError, KeyError):  # only Linux has this file, and not every sandbox
+        machine = dict(re.findall(r"(\w+): +(\d+)", Path("/proc/meminfo").read_text()))
+        free.append(int(machine["MemAvailable"]) / int(machine["MemTotal"]))
+    groups = ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()  # 0::/path (version 2) or N:memory:/path (1)
     for version1, path in re.findall(r"^\d+:(memory|):/(.*)", groups, re.M):
         group = Path("/sys/fs/cgroup", version1, path)
         names = ("limit_in_bytes", "usage_in_bytes") if version1 else ("max", "current")
@@ -1267,16 +1370,17 @@ class TrainingBatches(torch.utils.data.Dataset):
 
 
 class EvaluationBatches(torch.utils.data.Dataset):
-    """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order; the next
-    items hold them again, with other backgrounds, as each validation needs. `draws` is the number
-    of backgrounds for each photo: of the pool, if there is one, and for each condition in `lent`
-    (same_class, any_class) of other photos."""
+    """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order, or those
+    in `rows`; the next items hold them again, with other backgrounds, as each validation needs.
+    `draws` is the number of backgrounds for each photo: of the pool, if there is one, and for each
+    condition in `lent` (same_class, any_class) of other photos. `rows` does not change them."""
 
-    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=()):
+    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=(), rows=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
         self.size, self.seed = size, seed
         self.draws, self.pool, self.lent = draws, pool, lent
-        self.per_epoch = math.ceil(len(photos) / EVAL_BATCH)
+        self.rows = range(len(photos)) if rows is None else rows
+        self.per_epoch = math.ceil(len(self.rows) / EVAL_BATCH)
 
     @functools.lru_cache(maxsize=1)  # of one epoch
     def lenders(self, epoch):
@@ -1291,7 +1395,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         epoch, batch = divmod(n, self.per_epoch)
-        indices = range(len(self.photos))[batch * EVAL_BATCH:(batch + 1) * EVAL_BATCH]
+        indices = self.rows[batch * EVAL_BATCH:(batch + 1) * EVAL_BATCH]
         backgrounds = []  # of each photo
         for index in indices if self.pool else ():
             seed_crops(*self.seed, epoch, index)
@@ -1301,7 +1405,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
         for condition, lenders in self.lenders(epoch).items():
             lent[condition] = [self.crops(draw[indices]) for draw in lenders]
         return EvaluationBatch(self.crops(indices), self.labels[indices],
-                         [torch.stack(draw) for draw in zip(*backgrounds)], lent)
+                               [torch.stack(draw) for draw in zip(*backgrounds)], lent)
 
 
 def make_training_batches(args, split, sampler):
@@ -1314,15 +1418,15 @@ def make_training_batches(args, split, sampler):
                            args.bgaugment, pool)
 
 
-def make_evaluation_batches(args, split, name, draws, lent, *, keep=True):
+def make_evaluation_batches(args, split, name, draws, lent, *, rows=None, keep=True):
     """The EvaluationBatches of a Split, which is the `name` split: val or test. It decides which
-    photos are the pool, if there is one."""
+    photos are the pool, if there is one. Without draws, no pool is needed."""
     pool = None
-    if args.reference == "replaced":
+    if args.reference == "replaced" and draws:
         pool = Photos(list_backgrounds(args, name), None, args.image_size)
     seed = args.seed, {"val": VAL_SEED, "test": TEST_SEED}[name]
     photos = Photos(split.images, split.masks, args.image_size, keep=keep)
-    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent)
+    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent, rows)
 
 
 def load(batches, args, numbers=None):
@@ -1373,18 +1477,36 @@ BNINCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52de
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)  # its classifiers
 
 
+def default_weights(name):
+    """The default ImageNet weights of a torchvision network, which state its size and scaling."""
+    return torchvision.models.get_model_weights(name).DEFAULT
+
+
+def default_image_size(name, dataset):
+    """The side of the crops without --image-size. A torchvision network has its own, whatever its
+    weights are; on toy, whose photos are small, it has no more than it needs."""
+    size = (TOY_DEFAULTS if dataset == "toy" else DEFAULTS)["image_size"]
+    if name not in TORCHVISION:
+        return size
+    if dataset == "toy":
+        return max(size, *default_weights(name).meta["min_size"])
+    return default_weights(name).transforms().crop_size[0]
+
+
 def build_backbone(name, weights):
     """The network without its classifier: (B, 3, H, W) -> (B, features). `weights` is imagenet, own
-    (what FOLDER:NAME returns), none (random) or a file with a state dict. Raises UserError."""
+    (what FOLDER:NAME returns), none (random) or a file; see read_weights(). Raises UserError."""
     try:
         network = build_network(name, weights)
     except URLError as error:
         raise UserError(f"--backbone {name}: the download failed ({error}); try again, or give a "
                         "file that you have with --weights FILE") from error
-    if weights not in ("imagenet", "own", "none"):
-        load_weights(network, torch.load(weights, map_location="cpu", weights_only=True))
+    removed = ("last_linear",) if name == "bninception" else ()
     if name in TORCHVISION:
-        remove_classifier(network)
+        removed = remove_classifiers(network)
+    if is_file(weights):
+        state, _ = read_weights(weights)
+        fit_weights(network, state, removed, weights)
     return network
 
 
@@ -1398,13 +1520,28 @@ def build_network(name, weights):
         network = BNInception()
         if weights == "imagenet":
             state = torch.hub.load_state_dict_from_url(BNINCEPTION_URL, check_hash=True)
-            load_weights(network, state)
+            fit_weights(network, state, ("last_linear",), weights)
         return network
     if name in TORCHVISION:
         pretrained = "DEFAULT" if weights == "imagenet" else None
         return torchvision.models.get_model(name, weights=pretrained)
     raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
                     "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
+
+
+def remove_classifiers(network):
+    """Replaces the last layer with 1000 outputs of a torchvision network by nn.Identity(), removes
+    auxiliary classifiers, and returns the paths of both."""
+    removed = [name for name in ("aux1", "aux2", "AuxLogits") if hasattr(network, name)]
+    for name in removed:  # of GoogLeNet and Inception v3, which need larger images in training
+        setattr(network, name, None)
+    # Otherwise these two return auxiliary outputs, and do not scale their input.
+    network.aux_logits, network.transform_input = False, True
+    classifiers = [path for path, layer in network.named_modules() if 1000 in
+                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
+    parent, _, classifier = classifiers[-1].rpartition(".")
+    setattr(network.get_submodule(parent), classifier, nn.Identity())
+    return (*removed, classifiers[-1])
 
 
 def load_hub(name, weights):
@@ -1414,41 +1551,183 @@ def load_hub(name, weights):
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
-    for module in network.modules():
-        if weights == "none" and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    network = getattr(network, "_orig_mod", network)  # without torch.compile()
+    network = network.cpu().float()
+    if weights == "none":
+        randomise(network)
     return network
 
 
-def load_weights(network, state):
-    """Loads a state dict. The public BN-Inception also has a classifier, which we skip."""
-    skipped = ("last_linear.weight", "last_linear.bias") if isinstance(network, BNInception) else ()
-    network.load_state_dict({name: state[name] for name in state if name not in skipped})
+@torch.no_grad()
+def randomise(network):
+    """Makes every parameter random: by the reset_parameters() of its module or, if there is none,
+    as for class tokens, by a random order of its values. Those keep their distribution."""
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in network.named_parameters():
+        if torch.equal(parameter, before[name]):
+            order = torch.randperm(parameter.numel())
+            parameter.copy_(before[name].flatten()[order].view_as(parameter))
+
+
+def is_file(weights):
+    return weights not in ("imagenet", "own", "none")
+
+
+def read_weights(file):
+    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
+    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    if not Path(file).is_file():
+        raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
+    try:
+        if Path(file).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"--weights {file}: cannot be read; pip install safetensors") from error
+    except Exception as error:  # torch.load raises nearly anything
+        raise UserError(f"--weights {file}: not a file of weights ({type(error).__name__}); save "
+                        "a network's state_dict() with torch.save()") from error
+    if isinstance(content, dict) and {"network", "history"} <= content.keys():  # of State.save()
+        return below("backbone.", content["network"]), below("head.", content["network"])
+    for key in ("state_dict", "model"):  # of PyTorch Lightning, and of torchvision's own scripts
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
+        raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
+                        "with torch.save()")
+    return content, {}
+
+
+def below(prefix, state):
+    """The entries of a state dict whose names have this prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix)}
+
+
+def fit_weights(network, state, removed, weights):
+    """Loads a state dict, except what belongs to the removed classifiers. If it does not fit, it
+    loads nothing and raises a UserError that names the first tensor."""
+    own, given = network.state_dict(), {}
+    for name, value in state.items():
+        if name not in own:  # these prefixes come from DataParallel and torch.compile()
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        if not name.startswith(tuple(f"{path}." for path in removed)):
+            given[name] = value
+    for name in own | given:
+        ours, theirs = shape_of(name, own), shape_of(name, given)
+        if theirs == "missing" and name.endswith("num_batches_tracked"):
+            continue  # files of old PyTorch versions lack it, and nothing uses it
+        if ours != theirs:
+            raise UserError(f"--weights {weights}: {name} does not fit (in the file: {theirs}, in "
+                            f"the network: {ours}); give weights of this --backbone")
+    own.update(given)  # unlike many files, `own` knows the versions of its modules
+    network.load_state_dict(own)
+
+
+def shape_of(name, state):
+    return list(getattr(state[name], "shape", ())) if name in state else "missing"
+
+
+def load_head(head, weights):
+    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else {}
+    if not saved:
+        return
+    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+        head.load_state_dict(saved)
+        print(f"--weights {weights}: the backbone and the linear layer of a run")
+    else:
+        print(f"--weights {weights}: the backbone of a run, without its linear layer, whose size "
+              f"is {len(saved['bias'])}")
 
 
 def input_scaling(name, network):
     """The network input: the order of the channels, and the mean and standard deviation of pixels
-    in [0, 255]. Networks from a folder may state `mean` and `std`, for pixels in [0, 1]."""
+    in [0, 255]. They are ImageNet's unless the network, or torchvision for it, states others."""
     if name == "bninception":
         return BGR_CAFFE
-    order, *scaling = RGB_IMAGENET
-    for i, attribute in enumerate(("mean", "std")):
-        if ":" in name and hasattr(network, attribute):
-            scaling[i] = 255 * torch.as_tensor(getattr(network, attribute)).detach().float()
-            if scaling[i].max() > 255:
-                raise UserError(f"--backbone {name}: {attribute} exceeds 1; divide it by 255")
-    return order, *scaling
+    order, mean, std = RGB_IMAGENET
+    if name in TORCHVISION:
+        transforms = default_weights(name).transforms()
+        mean = [255 * value for value in transforms.mean]
+        std = [255 * value for value in transforms.std]
+    if ":" in name:
+        mean = stated_scaling(name, network, "mean") or mean
+        std = stated_scaling(name, network, "std") or std
+    return order, mean, std
+
+
+def stated_scaling(name, network, attribute):
+    """The attribute `mean` or `std` of a network from a folder, or else that of timm's
+    `pretrained_cfg`, for pixels in [0, 255]; None if neither is stated. Raises UserError."""
+    config = getattr(network, "pretrained_cfg", None)
+    from_timm = config.get(attribute) if isinstance(config, dict) else None
+    values = three_numbers(getattr(network, attribute, None)) or three_numbers(from_timm)
+    if not values:
+        return None
+    if max(values) > 1:
+        raise UserError(f"--backbone {name}: its {attribute} exceeds 1; divide it by 255")
+    if attribute == "std" and min(values) <= 0:
+        raise UserError(f"--backbone {name}: its std is not above 0; give the standard deviation "
+                        "of pixels in [0, 1]")
+    return [255 * value for value in values]
+
+
+def three_numbers(value):
+    """One number, or three in any shape, as a list of three; None for all else, as for a method."""
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if len(numbers) == 1:
+        return 3 * numbers
+    return numbers if len(numbers) == 3 else None
 
 
 @torch.no_grad()
 def count_features(name, network, size):
-    """The number of features of a network. Raises UserError if it does not give (B, features)."""
-    output = network(torch.zeros(2, 3, size, size))
-    if not torch.is_tensor(output) or output.ndim != 2 or len(output) != 2:
-        raise UserError(f"--backbone {name}: its output for 2 images is "
-                        f"{getattr(output, 'shape', type(output))}; return one tensor of shape "
+    """The number of features of an Embedder's backbone. Raises UserError if it does not give
+    (B, features), or if the features of an image depend on its batch, as in training mode."""
+    buffers = {key: buffer.clone() for key, buffer in network.named_buffers()}
+    pixels = 255 * torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = network.normalise(pixels)
+    with torch.random.fork_rng(devices=[]):  # dropout in training mode draws random numbers
+        alone = compute_features(name, network, images[:1])
+        together = compute_features(name, network, images)
+    for key, buffer in network.named_buffers():  # running statistics in training mode have moved
+        if key in buffers and buffer.shape == buffers[key].shape:
+            buffer.copy_(buffers[key])
+    change = float((together[0] - alone[0]).norm() / alone[0].norm().clamp(min=1e-30))
+    if change > 0.01:
+        raise UserError(f"--backbone {name}: the features of an image change by {change:.0%} of "
+                        "their length if it is in a batch of three; let eval() reach all dropout "
+                        "and BatchNorm (modules in a plain list are not registered)")
+    return alone.shape[1]
+
+
+def compute_features(name, network, images):
+    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    count, size = len(images), images.shape[-1]
+    try:
+        features = network.backbone(images)
+    except Exception as error:  # the network of a user raises nearly anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if name in TORCHVISION:
+            right = default_weights(name).transforms().crop_size[0]
+            raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
+                            f"--image-size {right}") from error
+        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
+                        "give a network that takes any number of images of this size") from error
+    if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
+        raise UserError(f"--backbone {name}: its output for {count} images is "
+                        f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
-    return output.shape[1]
+    return features.float()
 
 
 def has_gradient(network, size):
@@ -1470,14 +1749,45 @@ def check_trainable(args, network):
                         "--embedding 0 to train a linear layer on top")
 
 
-def remove_classifier(network):
-    """Replaces the last layer with 1000 outputs by nn.Identity()."""
-    # Otherwise GoogLeNet and Inception v3 return auxiliary outputs, and do not scale their input.
-    network.aux_logits, network.transform_input = False, True
-    classifiers = [path for path, layer in network.named_modules() if 1000 in
-                   (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))]
-    parent, _, classifier = classifiers[-1].rpartition(".")
-    setattr(network.get_submodule(parent), classifier, nn.Identity())
+def load_embedder(run, args):
+    """The Embedder of a run's best epoch, in eval mode. Without gradients of its weights, the
+    gradients of its input need less memory."""
+    network = Embedder(args.backbone, "none", args.image_size, args.embedding)
+    saved = torch.load(Path(run, "best.pt"), map_location="cpu", weights_only=True)
+    network.load_state_dict(saved["network"])
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+class PixelEmbedder(nn.Module):
+    """An Embedder that scales its input: (B, 3, S, S) RGB in [0, 255] -> (B, D) of unit length. So
+    nobody can feed an exported file wrongly."""
+
+    def __init__(self, embedder):
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, images):
+        return self.embedder(self.embedder.normalise(images.float()))
+
+
+def load_network(run, device="cpu"):
+    """(network, preprocess) of a finished run, for use in other programs. preprocess(path) gives a
+    photo (3, S, S) uint8, upright, resized and cropped as in the test. network is a PixelEmbedder
+    in eval mode. Raises UserError if the run is not finished."""
+    file = Path(run, "result.json")
+    if not file.is_file():
+        raise UserError(f"{run}: not a finished run; give a folder with a result.json")
+    result = json.loads(file.read_text())
+    if result.get("format") != FORMAT:
+        raise UserError(f"{run}: another version of bgbias.py made it; give a run of this version")
+    args = argparse.Namespace(**result["args"])
+
+    def preprocess(path):
+        photo = Photos([path], None, args.image_size, keep=False)[0]
+        return TF.center_crop(photo, args.image_size)
+
+    network = PixelEmbedder(load_embedder(run, args))
+    return network.eval().to(device), preprocess
 
 
 # ---- 13. Toy -------------------------------------------------------------------------------------
@@ -1639,25 +1949,24 @@ def steps_of(columns):
     return steps
 
 
-def row_name(result):
-    """The name of a row, such as: contrastive + BGAugment, lr 0.001."""
-    args = result["args"]
-    if args["measure"]:
-        return ", ".join(["as it is", *settings_of(args["settings"])])
-    variant = {"none": "", "pool": " + BGAugment", "own": " + own backgrounds"}[args["bgaugment"]]
-    return args["loss"] + variant + "".join(f", {text}" for text in changes_of(args))
+def row_name(args, shared=()):
+    """The name of a row, such as: contrastive + BGAugment, lr 0.001; without the `shared` texts."""
+    name = "as it is"
+    if not args["measure"]:
+        variants = {"none": "", "pool": " + BGAugment", "own": " + own backgrounds"}
+        name = args["loss"] + variants[args["bgaugment"]]
+    return ", ".join([name, *(text for text in changes_of(args) if text not in shared)])
 
 
 def changes_of(args):
-    """The texts of what a training run has other than the defaults."""
-    hparams = hyper_parameters(args["loss"], args["dataset"])
-    edited = {key: args["hparams"].get(key) for key in sorted(args["hparams"] | hparams)
-              if args["hparams"].get(key) != hparams.get(key)}
-    return settings_of(args["settings"] | edited)
-
-
-def settings_of(settings):
-    return [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()]
+    """["lr 0.001", ...]: the settings and hyper-parameters that are not default."""
+    changes = dict(args["settings"])
+    if not args["measure"]:
+        ours, defaults = args["hparams"], hyper_parameters(args["loss"], args["dataset"])
+        for key in sorted(ours | defaults):
+            if ours.get(key) != defaults.get(key):
+                changes[key] = ours.get(key)
+    return [f"{key.replace('_', ' ')} {value}" for key, value in changes.items()]
 
 
 def mean_and_std(values):
@@ -1666,9 +1975,9 @@ def mean_and_std(values):
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def columns_of(result):
+def columns_of(args):
     """The columns of the first table; all results of one table have the same reference."""
-    reference = column_of(result["args"]["reference"])
+    reference = column_of(args["reference"])
     return ("clean", "any class", "replaced", f"drop % ({reference})", "query", "object only",
             "background only", "photo + object", "fooled % (confused)", "R@1 clean",
             f"R@1 {reference}", "attention", "beyond another mask")
@@ -1742,7 +2051,7 @@ def explain_drop(result):
         draws = columns[CHAIN[after]]
         spread = f" ± {np.std(draws, ddof=1):.1f}" if len(draws) > 1 else ""
         steps.append(f"{CHAIN[after]} {change:+.1f}{spread}")
-    lines.append(f"In points: {', '.join(steps)}. In another order, the steps differ.")
+    lines.append(f"In points: {', '.join(steps)}. The size of a step depends on the order.")
     if np.mean(columns["pasted"]) < 0.9 * np.mean(columns["clean"]):
         lines.append("Cutting and pasting costs over a tenth: check the masks.")
     photos = read_photos(result["run"])
@@ -1753,8 +2062,8 @@ def explain_drop(result):
     worst = sorted(means, key=lambda name: means[name][1] - means[name][0])[:5]
     worst = [name for name in worst if means[name][1] < means[name][0]]
     if worst:
-        texts = ["{} {:.1f} → {:.1f}".format(name, *means[name]) for name in worst]
-        lines.append(f"Classes that drop most (clean → {reference}): {', '.join(texts)}.")
+        texts = ["{} ({:.1f} → {:.1f})".format(name, *means[name]) for name in worst]
+        lines.append(f"The classes that drop most, from clean to {reference}: {', '.join(texts)}.")
     return lines
 
 
@@ -1844,7 +2153,8 @@ def report(folder, only=None):
         if result is None:
             others += 1
             continue
-        tables[result["tested"]][row_name(result)][result["args"]["seed"]] = result
+        args = result["args"]
+        tables[result["tested"]][row_name(args)][args["seed"]] = result
         if run == only:
             chosen = result
     if others:
@@ -1855,20 +2165,43 @@ def report(folder, only=None):
     for heading, rows in tables.items():
         if chosen and heading != chosen["tested"]:
             continue
-        first, chain = [], []
-        for name, seeds in rows.items():
-            results = list(seeds.values())
-            first += [table_row(name, results, columns_of(results[0])),
-                      *paper_row(results[0]["args"])]
-            if all(result["above_chance"] for result in results):
-                chain.append(table_row(name, results, ("clean", *CHAIN, "object only")))
-        parts += [f"## {heading}", as_table(first)]
-        if chosen:
-            parts.append("\n".join(explain_drop(chosen)))
-        elif chain:
-            parts += ["The drop of MAP@R, step by step:", as_table(chain)]
-        parts += ["\n".join(compare_variants(rows))]
+        shared, rows = shorten_names(rows)
+        parts.append(f"## {heading}")
+        if shared:
+            parts.append(f"All rows: {', '.join(shared)}.")
+        parts.append(table_of_rows(rows))
+        parts.append("\n".join(explain_drop(chosen)) if chosen else table_of_steps(rows))
+        parts.append("\n".join(compare_variants(rows)))
     return "\n\n".join(part for part in parts if part)
+
+
+def shorten_names(rows):
+    """(what all rows have other than the defaults, the rows {name: {seed: result}} without it)"""
+    all_args = [next(iter(seeds.values()))["args"] for seeds in rows.values()]
+    shared = changes_of(all_args[0])
+    for args in all_args:
+        shared = [text for text in shared if text in changes_of(args)]
+    return shared, {row_name(args, shared): seeds for args, seeds in zip(all_args, rows.values())}
+
+
+def table_of_rows(rows):
+    """The first table, beside the paper's results."""
+    table = []
+    for name, seeds in rows.items():
+        results = list(seeds.values())
+        args = results[0]["args"]
+        table += [table_row(name, results, columns_of(args)), *paper_row(args)]
+    return as_table(table)
+
+
+def table_of_steps(rows):
+    """The drop, step by step, of the rows that are above chance; "" if there are none."""
+    table = []
+    for name, seeds in rows.items():
+        results = list(seeds.values())
+        if all(result["above_chance"] for result in results):
+            table.append(table_row(name, results, ("clean", *CHAIN, "object only")))
+    return f"The drop of MAP@R, step by step:\n\n{as_table(table)}" if table else ""
 
 
 # ---- 15. Command line ----------------------------------------------------------------------------
@@ -1877,7 +2210,8 @@ def report(folder, only=None):
 def write(path, save):
     """Calls save(temporary path) and renames the result to `path`, so `path` is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # The name of the folder is short, because a file's name may be as long as the system allows.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
         save(draft)
         draft.replace(path)
@@ -1928,22 +2262,24 @@ commands:
         "FOLDER:NAME, which calls NAME() in FOLDER/hubconf.py [bninception]")
     add("--weights", type=home, help="imagenet, own (of FOLDER:NAME), none (random) or FILE "
         "[imagenet]")
-    add("--embedding", type=int, help=f"size; 0: no linear layer [{EMBEDDING}]")
+    add("--embedding", type=int, help="dimensions of an embedding; 0: the network's features, "
+        f"without a linear layer [{EMBEDDING}; with --measure 0]")
     add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
-        "as it is, without training: on the classes that a trained run tests, or on all classes")
+        "as it is, without training, on the classes that a trained run tests, or on all classes")
     add = parser.add_argument_group("training").add_argument
     add("--loss", choices=LOSSES, default="contrastive", help="[contrastive]")
     add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
-        help="replace the backgrounds of training photos: by photos of the pool, as the paper "
-        "does, or (own) by backgrounds of other training photos")
+        help="replace the backgrounds of training photos; alone or with pool: by photos of the "
+        "pool, as the paper does; with own: by backgrounds of other training photos [none]")
     add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
     add("--patience", type=int, help="stop after so many epochs without improvement [15]")
     add("--batch-size", type=int, help="photos per batch [32]")
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
-    add("--select", choices=("clean", "replaced", "any_class"), help="validation score that "
-        "selects the best epoch [clean; replaced with --bgaugment, any_class with own]")
+    add("--select", choices=("clean", "replaced", "any_class"), help="the best epoch has the "
+        "highest validation MAP@R on these photos [clean; with --bgaugment: replaced; with "
+        "--bgaugment own: any_class]")
     add("--seed", type=int, default=42, help="seed of all random numbers [42]")
     add = parser.add_argument_group("where and how").add_argument
     add("--runs", type=home, default="runs", help="folder that holds the run folders [runs]")
@@ -1983,7 +2319,8 @@ def default_settings(args):
         "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
         "lr": defaults["lr"], "backbone": defaults["backbone"],
         "weights": "own" if ":" in backbone else defaults["weights"],
-        "embedding": EMBEDDING, "image_size": defaults["image_size"], "select": select}
+        "embedding": 0 if args.measure else EMBEDDING,
+        "image_size": default_image_size(backbone, args.dataset), "select": select}
 
 
 def check_args(args):
@@ -2040,7 +2377,7 @@ def file_checksum(path):
 def checksum_of(paths):
     """One checksum of the names, folders and contents of files."""
     with ThreadPoolExecutor() as threads:
-        sums = [*progress(threads.map(file_checksum, paths), "reading", len(paths))]
+        sums = [*progress(threads.map(file_checksum, paths), "reading files", len(paths))]
     lines = [f"{path.parent.name}/{path.name} {content}\n" for path, content in zip(paths, sums)]
     return f"{zlib.crc32(os.fsencode(''.join(lines))):08x}"
 
@@ -2060,7 +2397,7 @@ def network_checksum(args):
     """The checksum of the files that a network is made of: its weights file, or the folder of its
     hubconf.py. None if there is no such file."""
     files = []
-    if args.weights not in ("imagenet", "own", "none"):
+    if is_file(args.weights):
         files.append(Path(args.weights))
     if ":" in args.backbone:
         folder = Path(args.backbone.rpartition(":")[0])
@@ -2197,13 +2534,13 @@ def check_photos(args, split):
     """Decodes all test photos, so that a damaged one is found before the training. They are decoded
     again for the test, because keeping them would cost SOP 16 GB during the training."""
     photos = Photos(split.images, split.masks, args.image_size, keep=False)
-    for _ in photos.decode_all("checking"):
+    for _ in photos.decode_all("checking photos"):
         pass
     photos.warn_of_masks("test")
     photos.warn_of_crop("test")
     if args.backgrounds:
         pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
-        for _ in pool.decode_all("checking the pool"):
+        for _ in pool.decode_all("checking backgrounds"):
             pass
 
 
@@ -2228,8 +2565,8 @@ def warn_of_few_classes(args, splits):
 
 def warn_of_no_gain(args, state):
     if max(state.scores[1:]) <= state.scores[0]:
-        print(f"--lr {args.lr}: no epoch was better than the network before the training; give a "
-              "lower lr")
+        print(f"--lr {args.lr}: no epoch was better than the network before the training; give "
+              "another lr or more epochs")
 
 
 def write_left_out(run, left_out):
@@ -2244,13 +2581,12 @@ def write_left_out(run, left_out):
 def print_network(args, run, state):
     network = state.network
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    mean, std = (buffer.flatten().round().tolist() for buffer in (network.mean, network.std))
-    line = (f"{run}: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
-            f"parameters, (pixel - {mean}) / {std}, {args.image_size} px, backgrounds: "
-            f"{args.backgrounds or 'of other photos'}, {args.device}")
-    if state.history:
-        line += f", resumed after epoch {state.epochs}"
-    print(line, flush=True)
+    mean, std = (buffer.flatten().round().int().tolist() for buffer in (network.mean, network.std))
+    print(f"run: {run}" + (f", resumed after epoch {state.epochs}" if state.history else ""))
+    print(f"network: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
+          f"parameters, on {args.device}")
+    print(f"input: {args.image_size} px, (pixel - {mean}) / {std}, backgrounds of "
+          f"{args.backgrounds or 'other photos'}", flush=True)
 
 
 def print_epoch(args, state, splits):
@@ -2260,7 +2596,7 @@ def print_epoch(args, state, splits):
                        for condition in ("clean", "replaced", "any_class") if condition in row)
     line = f"epoch {row['epoch']:3d}  "
     if row["epoch"] == 0:
-        print(f"{line}before training  val MAP@R {scores}", flush=True)
+        print(f"{line}val MAP@R {scores}  (before the training, never chosen)", flush=True)
         return
     views = sum(condition in row for condition in ("clean", "replaced", "any_class"))
     per_view = row["seconds_validation"] / (len(splits["val"].images) * views)

@@ -6,13 +6,19 @@ background. Section 5 of "On Background Bias in Deep Metric Learning" (Kobs & Ho
     python eval_attention.py runs/toy-contrastive-* --figure attention.png --images 3 --limit 200
     python eval_attention.py runs/toy-contrastive-* --neighbours neighbours.png --images 3
 
-Start it where the runs were trained, because the paths of the data are relative. Scores are saved
-in RUN/attention.npz (arrays image, score, a, p) for the report. An undefined score is nan. A newer
-best.pt or mask recomputes them.
+Objects sit in the centre, where every network looks. So the table also has the score "beyond
+another mask": the score minus the score of the same map with the mask of another photo. This
+difference is attention to *this* object.
+
+Start the script where the runs were trained, because the paths of the data are relative. Scores are
+saved in RUN/attention.npz for the report: arrays image, score, a (attention on the object), p (area
+of the object) and beyond. An undefined score is nan. The scores are computed again if best.pt or
+the data has changed, which their checksums tell.
+
+Shapes: B batch, D embedding (128), Q queries, H W pixels, S crop size, K neighbours.
 """
 
 import argparse
-import json
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,23 +26,33 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 import bgbias
-from bgbias import DISTANCES, EVAL_BATCH, TEST, Split, UserError, loader, make_batches, seed_of
+from bgbias import DISTANCES, UserError, column_of, make_evaluation_batches, seed_of
 
 COPIES = 25  # noisy copies of an image
 SIGMA = 0.15  # standard deviation of the noise, as a fraction of the image's range
 QUANTILE = 0.99  # a map is clipped at this quantile
-NOISE, RANDOM, PICK = range(100, 103)  # purposes of random numbers; bgbias.py uses 0 to 4
+
+# Seeds, like those of bgbias.py, which has 0 to 4.
+NOISE_SEED = 100  # the noise of the copies
+WEIGHTS_SEED = 101  # the random weights of --sanity
+PICK_SEED = 102  # the images of --limit, --sanity and the pictures
+OTHER_MASK_SEED = 103  # whose mask is the other one
+
 # Pixels of all copies in a batch of one image or more. A CPU is fastest if they fit in its caches.
 BATCH_PIXELS = {"cpu": 2**19, "gpu": 2**23}
-RESAMPLES, SANITY = 2000, 200  # of the bootstrap; images per run of --sanity
-VERSIONS, NEIGHBOURS = 5, 5  # of a query; photos nearest to the last version
-CANDIDATES = 1000  # queries from which --worst picks
-WIDTH, GAP, TEXT = 900, 5, 16  # px: picture, between cells, font; a README is about as wide
-BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
-RIGHT, WRONG = "#009e73", "#d55e00"  # green and orange that colour-blind people can distinguish
+RESAMPLES = 2000  # of the bootstrap
+SANITY = 200  # images of each run that --sanity checks: enough for two digits
+NEIGHBOURS = 5  # photos beside a query in a picture
+CANDIDATES = 1000  # random queries from which --worst picks, so that SOP fits in memory
+
+WIDTH = 900  # px of a picture; a README is about as wide
+GAP = 5  # px between two cells, and the width of a frame
+CAPTION = 16  # px, font of the lines above a row; each line is twice as high
+LABEL = 13  # px, font of the line above a cell; larger ones would cut most class names
+RIGHT = "#009e73"  # green and orange that colour-blind people can distinguish
+WRONG = "#d55e00"
 
 
 # ---- 1. The score --------------------------------------------------------------------------------
@@ -68,55 +84,94 @@ def attention_map(model, images, black_embedding, distance, generator):
 
 
 def attention_score(attention, mask):
-    """(a - p) / (1 - p) with a and p of shares() (Section 5): (B, H, W), (B, 1, H, W) in [0, 1],
-    1 = foreground -> (B,). The score is undefined (nan) if the mask is full, p = 1, or if the
-    attention is 0 everywhere."""
+    """(a - p) / (1 - p), where a is the share of the attention on the object, and p the share of
+    the image (Section 5): (B, H, W), (B, 1, H, W) in [0, 1], 1 = foreground -> (B,). The score is
+    undefined (nan) if the mask is full, p = 1, or if the attention is 0 everywhere."""
     return above_chance(*shares(attention, mask))
 
 
 def shares(attention, mask):
-    """The share of the attention (a) and of the image (p) on the object: (B,) float64 each."""
+    """attention_on_object and object_area: the shares of the attention and of the image that are on
+    the object. (B, H, W), (B, 1, H, W) or (B, H, W) -> two tensors (B,) float64."""
     attention, mask = attention.double(), mask.double().reshape(attention.shape)
-    return (attention * mask).sum((-2, -1)) / attention.sum((-2, -1)), mask.mean((-2, -1))
+    attention_on_object = (attention * mask).sum((-2, -1)) / attention.sum((-2, -1))
+    return attention_on_object, mask.mean((-2, -1))
 
 
-def above_chance(a, p):
-    return torch.where(p < 1, (a - p) / (1 - p), torch.nan)
+def above_chance(attention_on_object, object_area):
+    score = (attention_on_object - object_area) / (1 - object_area)
+    return torch.where(object_area < 1, score, torch.nan)
 
 
 # ---- 2. Scores of a run --------------------------------------------------------------------------
 
-Run = namedtuple("Run", "folder args split tested")  # split: the test photos
+# A finished run. split: the test photos. tested: the heading of its table. data: the checksum of
+# the data as it is now.
+Run = namedtuple("Run", "folder args split tested data")
+# The numbers of one image. beyond: the score minus the score of the same map with another mask.
+Score = namedtuple("Score", "score attention_on_object object_area beyond")
 
 
 def load_run(folder, device):
-    """The finished Run in `folder`. Raises UserError if its data is missing."""
-    saved = json.loads(Path(folder, "result.json").read_text())
-    args = argparse.Namespace(**{**saved["args"], "device": device, "workers": None})
+    """The finished Run in `folder`, or None, with a line, if there is none. Raises UserError if its
+    data is missing."""
+    folder = Path(folder)
+    if not (folder / "result.json").exists():
+        if not folder.is_file():  # RUNS/* also matches the report
+            print(f"{folder} is left out, because it is not a finished run")
+        return None
+    result = bgbias.read_result(folder)
+    if result is None:
+        print(f"{folder} is left out, because another version of bgbias.py made it")
+        return None
+    args = argparse.Namespace(**{**result["args"], "device": device, "workers": None})
     bgbias.choose_device(args)
-    splits = bgbias.load_splits(args.dataset, args.data, training=args.epochs > 0)
-    if bgbias.fingerprint(args, splits) != saved["fingerprint"]:
+    splits = bgbias.load_splits(args.dataset, args.data, measure=args.measure)
+    data = bgbias.data_checksum(args, splits)
+    if data != result["data"]:
         print(f"{folder}: photos, masks or backgrounds have changed since this run")
-    return Run(Path(folder), args, splits["test"], saved["tested"])
+    return Run(folder, args, splits["test"], result["tested"], data)
 
 
 def network_of(run, *, trained=True):
     """The network of the run's best epoch, or one with random weights."""
     args = run.args
-    torch.manual_seed(seed_of(args.seed, RANDOM))
-    network = bgbias.Embedder(args.backbone, "none", args.image_size, args.embedding)
     if trained:
-        saved = torch.load(run.folder / "best.pt", map_location="cpu", weights_only=True)
-        network.load_state_dict(saved["network"])
-    # Without gradients of the weights, the backward pass needs less memory.
+        return bgbias.load_embedder(run.folder, args).to(args.device)
+    torch.manual_seed(seed_of(args.seed, WEIGHTS_SEED))
+    network = bgbias.Embedder(args.backbone, "none", args.image_size, args.embedding)
     return network.eval().requires_grad_(requires_grad=False).to(args.device)
 
 
-def photos_of(run, rows, draws=None):
-    """Batches of the test images in these rows of run.split."""
-    images, masks, labels = run.split
-    some = Split([images[row] for row in rows], [masks[row] for row in rows], labels[rows])
-    return make_batches(run.args, some, TEST, draws or {})
+def shuffled(run):
+    """The rows of the test images in a random order that the run's seed fixes."""
+    order = np.random.default_rng([run.args.seed, PICK_SEED]).permutation(len(run.split.images))
+    return order.tolist()
+
+
+def other_masks(labels):
+    """For each test photo, the photo that has the other mask: the next one of another class in a
+    random order of all photos, which is the same for all runs. (N,) labels -> (N,) rows."""
+    order = np.random.default_rng(OTHER_MASK_SEED).permutation(len(labels))
+    others = np.empty(len(labels), int)
+    for place, row in enumerate(order):
+        steps = 1
+        while labels[order[(place + steps) % len(order)]] == labels[row]:
+            steps += 1
+        others[row] = order[(place + steps) % len(order)]
+    return others
+
+
+def mask_of(run, row):
+    """The mask of a test photo, cropped as the test does: (S, S) in [0, 1]."""
+    size = run.args.image_size
+    mask = TF.resize(bgbias.open_mask(run.split.masks[row]), round(bgbias.RESIZE * size))
+    return TF.center_crop(TF.pil_to_tensor(mask), size)[0] / 255
+
+
+def batches_of(run, rows, draws=0, lent=()):
+    """The EvaluationBatches of these test images, which are decoded on access."""
+    return make_evaluation_batches(run.args, run.split, "test", draws, lent, rows=rows, keep=False)
 
 
 def attention_maps(run, rows, network):
@@ -127,15 +182,15 @@ def attention_maps(run, rows, network):
     with torch.no_grad():
         black = network(network.normalise(torch.zeros(1, 3, size, size, device=args.device)))
     pixels = BATCH_PIXELS["cpu" if args.device == "cpu" else "gpu"]
-    batch = max(1, pixels // (COPIES * size**2))  # images
-    seeds = (seed_of(args.seed, NOISE, row) for row in rows)
-    for photos, _, _ in loader(photos_of(run, rows), args):
-        for some in photos.split(batch):
-            generators = [torch.Generator(args.device).manual_seed(next(seeds)) for _ in some]
-            images, _ = bgbias.unpack(some)
+    count = max(1, pixels // (COPIES * size**2))  # images in a batch
+    seeds = (seed_of(args.seed, NOISE_SEED, row) for row in rows)
+    for batch in bgbias.load(batches_of(run, rows), args):
+        for photos in batch.photos.split(count):
+            generators = [torch.Generator(args.device).manual_seed(next(seeds)) for _ in photos]
+            images, _ = bgbias.unpack(photos)
             maps = attention_map(network, network.normalise(images), black, DISTANCES[args.loss],
                                  generators)
-            yield from zip(some.cpu(), maps.cpu())
+            yield from zip(photos.cpu(), maps.cpu())
 
 
 def collect_maps(run, rows, network):
@@ -145,97 +200,128 @@ def collect_maps(run, rows, network):
 
 
 def score_run(run, limit=None):
-    """{image path: (score, a, p)} of all test images, or of `limit` random ones. If all images are
-    scored, the scores are saved in RUN/attention.npz. They are read from there if up to date."""
-    file = run.folder / "attention.npz"
+    """{image path: Score} of all test images, or of `limit` random ones; {} if the network has no
+    gradient. The scores are saved in RUN/attention.npz, and read from it if they are up to date and
+    of enough images: a smaller limit gives all that is there."""
     images = [str(path) for path in run.split.images]
-    newest = max(path.stat().st_mtime for path in (run.folder / "best.pt", *run.split.masks))
-    if file.exists() and file.stat().st_mtime >= newest:
-        saved = np.load(file)
-        if saved["image"].tolist() == images:
-            values = np.stack([saved["score"], saved["a"], saved["p"]], axis=1)
-            return dict(zip(images, values.tolist()))
-    rows, network, scores = sorted(shuffled(run)[:limit]), network_of(run), {}
+    rows = sorted(shuffled(run)[:limit])
+    saved = read_scores(run)
+    if saved.keys() >= {images[row] for row in rows}:
+        return saved
+    network = network_of(run)
     if not bgbias.has_gradient(network, run.args.image_size):
         print(f"{run.folder}: has no attention score, because its features have no gradient")
-        return scores
-    maps = tqdm(attention_maps(run, rows, network), str(run.folder), len(rows), disable=None)
+        return {}
+    scores, others = {}, other_masks(run.split.labels)
+    maps = bgbias.progress(attention_maps(run, rows, network), str(run.folder), len(rows))
     for row, (photo, attention) in zip(rows, maps):
-        a, p = shares(attention, photo[3] / 255)
-        scores[images[row]] = torch.stack([above_chance(a, p), a, p]).tolist()
-    if len(scores) == len(images):
-        score, a, p = np.transpose(list(scores.values()))
-        bgbias.write(file, lambda draft: np.savez(draft, image=images, score=score, a=a, p=p))
+        attention_on_object, object_area = shares(attention, photo[3] / 255)
+        score = above_chance(attention_on_object, object_area)
+        beyond = score - attention_score(attention, mask_of(run, others[row]))
+        values = torch.stack([score, attention_on_object, object_area, beyond])
+        scores[images[row]] = Score(*values.tolist())
+    write_scores(run, scores)
     return scores
 
 
-def shuffled(run):
-    """The rows of the test images in a random order that the run's seed fixes."""
-    order = np.random.default_rng([run.args.seed, PICK]).permutation(len(run.split.images))
-    return order.tolist()
+def checksums_of(run):
+    """The checksums of what the scores of a run are made from."""
+    return {"data": run.data, "best": bgbias.file_checksum(run.folder / "best.pt")}
 
 
-# ---- 3. The table: base against BGAugment --------------------------------------------------------
+def write_scores(run, scores):
+    score, attention_on_object, object_area, beyond = np.transpose([*scores.values()])
+    arrays = {"image": [*scores], "score": score, "a": attention_on_object, "p": object_area,
+              "beyond": beyond, **checksums_of(run)}
+    bgbias.write(run.folder / "attention.npz", lambda draft: np.savez(draft, **arrays))
 
 
-def pair_up(runs):
-    """[{"base": Run, "bgaugment": Run}] of runs that differ in nothing else; one may be missing."""
-    pairs = {}
-    for run in sorted(runs, key=lambda run: run.args.bgaugment):  # base first
-        args, variant = run.args, "bgaugment" if run.args.bgaugment else "base"
-        key = [run.folder.parent, run.tested, args.loss, args.epochs, args.seed, args.settings,
+def read_scores(run):
+    """{image path: Score} in RUN/attention.npz; {} if best.pt or the data has changed since."""
+    file = run.folder / "attention.npz"
+    if not file.exists():
+        return {}
+    with np.load(file) as saved:
+        if any(saved[name] != checksum for name, checksum in checksums_of(run).items()):
+            return {}
+        columns = [saved[name].tolist() for name in ("score", "a", "p", "beyond")]
+        return dict(zip(saved["image"].tolist(), map(Score, *columns)))
+
+
+# ---- 3. The table: base against the other variants -----------------------------------------------
+
+TITLES = {"none": "base", "pool": "BGAugment", "own": "own backgrounds"}  # of args.bgaugment
+
+
+def title_of(run):
+    return "as it is" if run.args.measure else TITLES[run.args.bgaugment]
+
+
+def group_runs(runs):
+    """[{title: Run}] of runs that differ in nothing but the variant: base, BGAugment and own
+    backgrounds, in this order; some may be missing."""
+    order = ["as it is", *TITLES.values()]
+    groups = {}
+    for run in sorted(runs, key=lambda run: order.index(title_of(run))):
+        args, title = run.args, title_of(run)
+        # The variants select their best epoch by different scores, unless --select was given.
+        key = [run.folder.parent, run.tested, args.measure, args.loss, args.seed, args.settings,
                args.hparams]
-        while variant in pairs.setdefault(str(key), {}):
+        while title in groups.setdefault(str(key), {}):
             key.append("a copy of the run")
-        pairs[str(key)][variant] = run
-    return list(pairs.values())
+        groups[str(key)][title] = run
+    return list(groups.values())
 
 
 def compare(base, other):
     """(mean of other - base, bounds of its 95 % bootstrap interval, fraction of images where it is
-    positive) of two {image: (score, a, p)}; None if no image has both scores."""
-    gain = np.array([other[image][0] - base[image][0] for image in base if image in other])
+    positive, number of images) of two {image: Score}; None if no image has both scores."""
+    gain = np.array([other[image].score - base[image].score for image in base if image in other])
     gain = gain[np.isfinite(gain)]
     if len(gain) == 0:
         return None
     rng = np.random.default_rng(0)
     means = [rng.choice(gain, len(gain)).mean() for _ in range(RESAMPLES)]
-    return gain.mean(), *np.quantile(means, [0.025, 0.975]), (gain > 0).mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return gain.mean(), low, high, (gain > 0).mean(), len(gain)
 
 
-def score_table(pairs, scores):
-    """Text: a row per run, above the paper's. scores: {run folder: {image: (score, a, p)}}."""
+def score_table(groups, scores):
+    """Text: a row per run, above the paper's. scores: {run folder: {image: Score}}."""
     # DIFF: images with an undefined attention score are left out of the mean and listed.
     # DIFF: the attention score's standard deviation has ddof 1, not 0.
     rows, notes = [], []
-    for pair in pairs:
-        for run in pair.values():
+    for group in groups:
+        for title, run in group.items():
             found = scores[run.folder]
-            undefined = [image for image in found if not np.isfinite(found[image][0])]
-            defined = [score for score, _, _ in found.values() if np.isfinite(score)]
-            row = {"": run.folder.name, "images": f"{len(defined):,}",
-                   "attention": bgbias.mean_and_std(defined) if defined else "undefined"}
+            undefined = [image for image in found if not np.isfinite(found[image].score)]
+            row = {"": run.folder.name, "images": f"{len(found) - len(undefined):,}",
+                   "attention": mean_of([values.score for values in found.values()]),
+                   "beyond another mask": mean_of([values.beyond for values in found.values()])}
             rows.append(row)
+            base = group.get("base")
+            gain = compare(scores[base.folder], found) if base and run is not base else None
+            if gain:
+                row["over base [95 %]"] = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
+                row["images improved"] = f"{100 * gain[3]:.0f} % of {gain[4]:,}"
             for paper in bgbias.paper_row(vars(run.args)):
                 rows.append({"": paper[""], "attention": paper["attention"]})
             if undefined:
                 notes.append(f"{run.folder}: {len(undefined):,} images are left out, because "
                              "their mask is full or their map is flat, among them "
                              + ", ".join(undefined[:5]))
-        gain = compare(*(scores[run.folder] for run in pair.values())) if len(pair) == 2 else None
-        if gain:
-            row["BGAugment - base [95 %]"] = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
-            row["images improved"] = f"{100 * gain[3]:.0f} %"
     return "\n".join([bgbias.as_table(rows), *notes])
+
+
+def mean_of(values):
+    """The mean and standard deviation of the values that are defined, as text."""
+    defined = [value for value in values if np.isfinite(value)]
+    return bgbias.mean_and_std(defined) if defined else "undefined"
 
 
 # ---- 4. Pictures: attention and nearest neighbours -----------------------------------------------
 
-
-def title_of(run):
-    if run.args.bgaugment:
-        return "BGAugment"
-    return "base" if run.args.epochs else "not trained"
+BLANK = Image.new("RGB", (1, 1), "white"), "", None  # a cell
 
 
 def cell_side(columns):
@@ -245,33 +331,45 @@ def cell_side(columns):
 
 def draw_grid(rows, columns, file):
     """Writes a PNG of rows (caption, cells). The caption stands above its row. A cell is (uint8
-    tensor or PIL image, text, colour of its frame or None)."""
-    font, px = ImageFont.load_default(TEXT), cell_side(columns)
-    heights = [px + GAP + 2 * TEXT * len(caption.splitlines()) for caption, _ in rows]
+    tensor or PIL image, label, colour of its frame or None). The label stands above its cell."""
+    px = cell_side(columns)
+    caption_font, label_font = ImageFont.load_default(CAPTION), ImageFont.load_default(LABEL)
+    heights = [2 * CAPTION * len(caption.splitlines()) + 2 * LABEL + px + GAP
+               for caption, _ in rows]
     canvas = Image.new("RGB", (WIDTH, sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
     top = 0
     for caption, cells in rows:
         for text in caption.splitlines():
-            draw.text((0, top + TEXT), text, "black", font, anchor="lm")
-            top += 2 * TEXT
-        for k, (picture, text, colour) in enumerate(cells):
+            draw.text((0, top + CAPTION), text, "black", caption_font, anchor="lm")
+            top += 2 * CAPTION
+        for k, (picture, label, colour) in enumerate(cells):
             left = k * (px + GAP)
+            text = shortened(label, label_font, px)
+            draw.text((left, top + LABEL), text, colour or "black", label_font, anchor="lm")
             if torch.is_tensor(picture):
                 picture = TF.to_pil_image(picture)
-            canvas.paste(picture.convert("RGB").resize((px, px), Image.LANCZOS), (left, top))
+            below = top + 2 * LABEL
+            canvas.paste(picture.convert("RGB").resize((px, px), Image.LANCZOS), (left, below))
             if colour:
-                draw.rectangle((left, top, left + px - 1, top + px - 1), None, colour, GAP)
-            draw.text((left + 2 * GAP, top + 2 * GAP), text, "white", font, stroke_width=2,
-                      stroke_fill=colour or "black")
-        top += px + GAP
+                draw.rectangle((left, below, left + px - 1, below + px - 1), None, colour, GAP)
+        top += 2 * LABEL + px + GAP
     bgbias.write(file, lambda draft: canvas.save(draft, "PNG"))
     print(f"picture: {file}")
 
 
-def draw_attention(pair, count, file):
-    """Draws --figure: each row shows an image, its mask, and the map of each run of the pair."""
-    runs = list(pair.values())
+def shortened(text, font, width):
+    """As much of the text as fits in `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def draw_attention(group, count, file):
+    """Draws --figure: each row shows an image, its mask, and the map of each run of the group."""
+    runs = list(group.values())
     rows = shuffled(runs[0])[:count]
     drawn = [collect_maps(run, rows, network_of(run)) for run in runs]
     lines, side = [], cell_side(2 + len(runs))
@@ -289,7 +387,7 @@ def draw_attention(pair, count, file):
 
 def outlined(photo, mask):
     """The photo with a line where its soft mask crosses one half."""
-    inside = mask.point(lambda value: 255 * (value >= 128))
+    inside = mask.point(lambda value: 255 if value >= bgbias.THRESHOLD else 0)
     edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(3)),
                                  inside.filter(ImageFilter.MinFilter(3)))
     return Image.composite(Image.new("RGB", photo.size, "cyan"), photo, edge)
@@ -303,60 +401,88 @@ def heated(photo, attention):
     return Image.composite(Image.merge("RGB", (full, level, empty)), grey, level)
 
 
-def nearest(run, rows):
-    """{"clean": (Q, 5), "replaced": (Q, 5)}: the rows of the clean photos that are nearest to each
-    photo in `rows`, which is clean or has a new background (draw 0 of the test's `query`)."""
-    batches = photos_of(run, range(len(run.split.images)), {"replaced": 1})
-    embeddings = bgbias.embed(network_of(run), loader(batches, run.args))
-    center = embeddings["clean"][0].mean(dim=0)  # see retrieval_metrics()
+def ignored_photos(batches, rows, condition):
+    """(Q, 1 or 2): the photos that leave the gallery of the queries `rows`: the query itself and,
+    if its background is that of another test photo, this lender. The test's `query` ignores the
+    same photos."""
+    queries = torch.as_tensor(rows)[:, None]
+    if condition != "any_class":
+        return queries
+    lenders = torch.as_tensor(batches.lenders(epoch=0)[condition][0])
+    return torch.cat([queries, lenders[queries]], dim=1)
+
+
+def nearest(run, batches, rows):
+    """{"clean": (Q, K), "replaced" or "any_class": (Q, K)}: the clean photos that are nearest to
+    each photo in `rows`, which is clean or has another background: draw 0 of the run's reference
+    condition. Recall@1 of the test's `clean` and `query` counts the first columns."""
+    items = bgbias.progress(bgbias.load(batches, run.args), str(run.folder), batches.per_epoch)
+    embeddings = bgbias.embed(network_of(run), items, bgbias.replaced_views)
+    center = embeddings["clean"][0].mean(dim=0)  # see query_metrics()
     gallery, found = embeddings["clean"][0] - center, {}
     for condition, (queries,) in embeddings.items():
-        distances = torch.cdist(queries[rows] - center, gallery)
-        distances[range(len(rows)), rows] = torch.inf  # a photo is not its own neighbour
-        found[condition] = distances.argsort(dim=1)[:, :min(NEIGHBOURS, len(gallery) - 1)].cpu()
+        ignored = ignored_photos(batches, rows, condition).to(gallery.device)
+        distances = torch.cdist(queries[rows] - center, gallery).scatter_(1, ignored, torch.inf)
+        count = min(NEIGHBOURS, len(gallery) - ignored.shape[1])
+        found[condition] = distances.argsort(dim=1)[:, :count].cpu()
     return found
 
 
-def draw_neighbours(pair, count, file, *, worst):
-    """Draws --neighbours: a row shows a query from clean to replaced and, for one run, the photos
+def find_misled(run, batches, rows, near):
+    """The places in `rows` of the queries whose nearest photo is right on their own background and
+    wrong on the new one, though the gallery has a right photo. `near`: what nearest() found."""
+    labels, reference = batches.labels, run.args.reference
+    right = {condition: labels[found[:, 0]] == labels[rows] for condition, found in near.items()}
+    ignored = ignored_photos(batches, rows, reference)
+    of_class = (labels[ignored] == labels[rows][:, None]).sum(dim=1)
+    answerable = labels.bincount()[labels[rows]] > of_class
+    return (right["clean"] & ~right[reference] & answerable).nonzero()[:, 0].tolist()
+
+
+def versions_of(run, rows):
+    """Yields for each query {condition: the photo on draw 0 of its backgrounds, (3, S, S) uint8}"""
+    batches = batches_of(run, rows, draws=1, lent=("same_class", "any_class"))
+    for batch in bgbias.load(batches, run.args):
+        views = dict(bgbias.all_views(*bgbias.unpack(batch.photos), batch))
+        for k in range(len(batch.photos)):
+            yield {condition: view[k].round().byte().cpu() for condition, view in views.items()}
+
+
+def draw_neighbours(group, count, file, *, worst):
+    """Draws --neighbours: a row shows a query on several backgrounds and, for one run, the photos
     nearest to the last version. With `worst`, only queries that the new background misleads."""
-    first = next(iter(pair.values()))
-    labels = torch.as_tensor(first.split.labels)
-    rows = shuffled(first)[:CANDIDATES if worst else count]
-    found = {variant: nearest(run, rows) for variant, run in pair.items()}
-    right = {}
-    for variant, near in found.items():
-        right[variant] = {key: labels[near[key]] == labels[rows][:, None] for key in near}
-    queries = range(len(rows))
+    first = next(iter(group.values()))
+    args, split, reference = first.args, first.split, first.args.reference
+    lent = ("any_class",) if reference == "any_class" else ()
+    batches = make_evaluation_batches(args, split, "test", draws=1, lent=lent)
+    labels, rows = batches.labels, shuffled(first)[:CANDIDATES if worst else count]
+    near = {title: nearest(run, batches, rows) for title, run in group.items()}
+    places = range(len(rows))
     if worst:
-        hits = right[next(iter(pair))]
-        queries = (hits["clean"][:, 0] & ~hits["replaced"][:, 0]).nonzero()[:count, 0].tolist()
-        if not queries:
+        places = find_misled(first, batches, rows, near[title_of(first)])[:count]
+        if not places:
             raise UserError(f"--worst: new backgrounds mislead no query of {first.folder}; leave "
                             "out --worst")
-    batches, lines = photos_of(first, range(len(labels)), bgbias.TEST_DRAWS), []
-    for q in queries:
-        photos, backgrounds, _ = batches[rows[q] // EVAL_BATCH]
-        k = rows[q] % EVAL_BATCH
-        image, mask = bgbias.unpack(photos[k:k + 1])
-        drawn = {condition: bgbias.as_backgrounds(backgrounds[condition][0, k:k + 1])
-                 for condition in ("same_class", "other_class", "replaced")}
-        cells = [(photos[k, :3], "query", None)]
-        for condition, other in {"pasted": bgbias.remove_object(image, mask), **drawn}.items():
-            version = bgbias.replace_background(image, mask, other)[0].round().byte()
-            cells.append((version, condition.replace("_", "\n"), None))
-        name = "/".join(first.split.images[rows[q]].parts[-2:])
+    lines = []
+    for q, versions in zip(places, versions_of(first, [rows[q] for q in places])):
+        cells = [(versions["clean"], "query", None)]
+        for condition in ("pasted", "same_class", "any_class", "replaced"):
+            if condition in versions:
+                cells.append((versions[condition], column_of(condition), None))
+        blank = [BLANK] * len(cells)
+        name = "/".join(split.images[rows[q]].parts[-2:])
         name += ", picked because it is misled\n" if worst else "\n"
-        for variant, near in found.items():
-            hits = right[variant]["replaced"][q]
-            for row, hit in zip(near["replaced"][q].tolist(), hits):
-                photo = TF.center_crop(batches.photos[row], batches.size)
-                cells.append((photo[:3], *(("right", RIGHT) if hit else ("wrong", WRONG))))
-            lines.append((f"{name}{title_of(pair[variant])}: {int(hits.sum())} of {len(hits)} "
-                          f"right with the new background, {int(right[variant]['clean'][q].sum())} "
-                          f"of {len(hits)} with its original background", cells))
-            cells, name = [BLANK] * VERSIONS, ""  # the other run's row has the same query
-    draw_grid(lines, VERSIONS + NEIGHBOURS, file)
+        for title, found in near.items():
+            right = {key: labels[found[key][q]] == labels[rows[q]] for key in found}
+            for row, hit in zip(found[reference][q].tolist(), right[reference]):
+                label = bgbias.class_name(args, split.images[row], split.labels[row])
+                cells.append((batches.crops([row])[0, :3], label, RIGHT if hit else WRONG))
+            own, new = (f"{int(right[key].sum())} of {len(right[key])}"
+                        for key in ("clean", reference))
+            lines.append((f"{name}{title}: {new} right (green) on the new background, {own} on its "
+                          "own background", cells))
+            cells, name = blank.copy(), ""  # the next run's row has the same query
+    draw_grid(lines, len(blank) + NEIGHBOURS, file)
 
 
 # ---- 5. Checks beyond the paper, because gradients can mislead (Shah et al. 2021) ----------------
@@ -365,11 +491,16 @@ def draw_neighbours(pair, count, file, *, worst):
 @torch.no_grad()
 def occlusion(run, network, rows):
     """(3, N), without gradients: how far the embedding moves when another background replaces the
-    background, how far when it replaces the object, and the object's share of the image."""
-    moves, distance = [], DISTANCES[run.args.loss]
-    for photos, backgrounds, _ in loader(photos_of(run, rows, {"replaced": 1}), run.args):
-        images, masks = bgbias.unpack(photos)
-        other = bgbias.as_backgrounds(backgrounds["replaced"][0])
+    background, how far when it replaces the object, and object_area. The other background is that
+    of draw 0 of the run's reference condition."""
+    args, distance, moves = run.args, DISTANCES[run.args.loss], []
+    lent = ("any_class",) if args.reference == "any_class" else ()
+    for batch in bgbias.load(batches_of(run, rows, draws=1, lent=lent), args):
+        images, masks = bgbias.unpack(batch.photos)
+        if args.reference == "replaced":
+            other = batch.backgrounds[0]
+        else:
+            other = bgbias.remove_object(*bgbias.unpack(batch.lenders["any_class"][0]))
         versions = (images, bgbias.replace_background(images, masks, other),
                     bgbias.replace_background(other, masks, images))
         e, new_background, new_object = (network(network.normalise(x)) for x in versions)
@@ -379,23 +510,24 @@ def occlusion(run, network, rows):
 
 
 def check_run(run):
-    """{column: mean over SANITY test images, as text}. Objects sit in the centre, where every
-    network looks. So we also score against another image's mask: the difference is attention to
-    *this* object."""
+    """{column: mean over SANITY test images, as text}"""
     rows, values = sorted(shuffled(run)[:SANITY]), {}
+    others = other_masks(run.split.labels)
+    other = torch.stack([mask_of(run, others[row]) for row in rows])
     for title, trained in (("score", True), ("random weights", False)):
         photos, maps = collect_maps(run, rows, network_of(run, trained=trained))
         masks = photos[:, 3] / 255
-        score, other = attention_score(maps, masks), attention_score(maps, masks.roll(1, dims=0))
+        score = attention_score(maps, masks)
         values[title] = score.nanmean()
-        values[f"{title}: beyond another's mask"] = (score - other).nanmean()
+        values[f"{title}: beyond another mask"] = (score - attention_score(maps, other)).nanmean()
     hard = (masks >= 0.5).double()
     values["mask as map"] = attention_score(hard, hard).nanmean()
     values["its complement"] = attention_score(1 - hard, hard).nanmean()
-    background, object_, p = occlusion(run, network_of(run), rows)
-    values["occlusion"] = above_chance(object_ / (object_ + background), p).nanmean()
-    values["background replaced"] = background.mean()
-    values["object replaced"] = object_.mean()
+    by_background, by_object, object_area = occlusion(run, network_of(run), rows)
+    share = by_object / (by_object + by_background)
+    values["occlusion"] = above_chance(share, object_area).nanmean()
+    values["background replaced"] = by_background.mean()
+    values["object replaced"] = by_object.mean()
     return {column: f"{value:.3f}" for column, value in values.items()}
 
 
@@ -405,18 +537,20 @@ def check_run(run):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Attention score of runs of bgbias.py (Kobs & Hotho 2022, Section 5).",
-        epilog="A base run and a BGAugment run are compared if they differ in nothing else.")
+        epilog="Runs without and with --bgaugment (pool or own) are compared if they differ in "
+        "nothing else.")
     add = parser.add_argument
     add("runs", nargs="+", help="run folders")
-    add("--limit", type=int, metavar="N", help="score only N random test images, without saving")
+    add("--limit", type=int, metavar="N", help="score N random test images instead of all, unless "
+        "more are scored already")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--figure", type=Path, metavar="PNG",
-                        help="draw the attention of one run, or of a base and a BGAugment run")
+    either.add_argument("--figure", type=Path, metavar="PNG", help="draw the attention of one run, "
+                        "or of runs that differ only in --bgaugment")
     either.add_argument("--neighbours", type=Path, metavar="PNG", help="draw the nearest photos to "
                         "some queries on new backgrounds; computes no scores")
     add("--images", type=int, default=8, metavar="N", help="images in a picture [%(default)s]")
     add("--worst", action="store_true", help="with --neighbours: draw queries whose nearest photo "
-        "is right on the original background and wrong on the new one")
+        "is right on their own background and wrong on the new one")
     add("--sanity", action="store_true", help=f"check the score on {SANITY} images of each run")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [%(default)s]")
     return parser.parse_args(argv)
@@ -424,23 +558,23 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    finished = [folder for folder in args.runs if Path(folder, "result.json").exists()]
-    if not finished:
-        raise UserError(f"{args.runs[0]}: not a finished run; give folders with a result.json")
-    for folder in args.runs:
-        if folder not in finished and not Path(folder).is_file():  # RUNS/* also matches logs
-            print(f"{folder} is left out, because it is not a finished run")
-    pairs = pair_up(load_run(folder, args.device) for folder in finished)
-    if (args.figure or args.neighbours) and len(pairs) > 1:
-        raise UserError(f"{', '.join(finished)}: too many runs for one picture; give one run, or a "
-                        "base and a BGAugment run that differ in nothing else")
+    found = [load_run(folder, args.device) for folder in args.runs]
+    runs = [run for run in found if run]
+    if not runs:
+        raise UserError(f"{args.runs[0]}: not a finished run of this version; give folders with a "
+                        "result.json")
+    groups = group_runs(runs)
+    if (args.figure or args.neighbours) and len(groups) > 1:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise UserError(f"{folders}: too many runs for one picture; give one run, or runs that "
+                        "differ only in --bgaugment")
     if args.neighbours:
-        return draw_neighbours(pairs[0], args.images, args.neighbours, worst=args.worst)
-    runs = [run for pair in pairs for run in pair.values()]
+        return draw_neighbours(groups[0], args.images, args.neighbours, worst=args.worst)
+    runs = [run for group in groups for run in group.values()]
     scores = {run.folder: score_run(run, args.limit) for run in runs}
-    print(score_table(pairs, scores))
+    print(score_table(groups, scores))
     if args.figure:
-        draw_attention(pairs[0], args.images, args.figure)
+        draw_attention(groups[0], args.images, args.figure)
     if args.sanity:
         rows = [{"": run.folder.name, **check_run(run)} for run in runs if scores[run.folder]]
         print(f"\n{bgbias.as_table(rows)}")

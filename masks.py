@@ -7,12 +7,17 @@
     python masks.py --check ../gt                          # IoU and overlap with hand-made masks
 
 A mask is a soft 8-bit greyscale PNG of its image's size, 255 = foreground. ROOT/masks mirrors the
-tree of the images (bgbias.mask_path). Interrupt this script at any time: the same command makes the
-missing masks. The exit code is 1 if an image failed, or if --verify found a missing or wrong mask.
-rembg downloads a model once, into the folder that the variable U2NET_HOME names.
+tree of the images (bgbias.mask_path). Existing masks are kept and judged. ROOT/masks.csv has a row
+for each photo. Interrupt this script at any time: the same command makes the missing masks. The
+exit code is 1 if an image failed, or if a mask is missing, wrong or shared by two photos. rembg
+downloads a model once, into the folder that the variable U2NET_HOME names.
 """
 
 import argparse
+import csv
+import io
+import math
+import os
 import random
 import sys
 from collections import Counter, defaultdict, namedtuple
@@ -22,8 +27,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from bgbias import (THRESHOLD, UserError, command, load_splits, mask_faults, open_image, open_mask,
-                    open_pair, open_rgb, write)
+from bgbias import (EMPTY, FULL, FUZZY, THRESHOLD, UserError, command, dataset_root,
+                    describe_strays, load_splits, mask_shares, open_image, open_mask, open_pair,
+                    open_rgb, shared_masks, write, write_text)
 
 # These models of rembg run on this machine and give one mask per image. Its other models send the
 # images to a paid service, need prompts, or give several masks.
@@ -31,20 +37,25 @@ MODELS = ("u2net", "u2netp", "u2net_human_seg", "silueta", "isnet-general-use", 
           "birefnet-general", "birefnet-general-lite", "birefnet-portrait", "birefnet-dis",
           "birefnet-hrsod", "birefnet-cod", "birefnet-massive", "bria-rmbg")
 CUT_OUT = 0.95  # a photo with more foreground in its alpha channel is no cut-out
-FAULTS = ("missing", "wrong", "failed")  # states without a usable mask
+FAULTS = ("missing", "wrong", "failed", "shared")  # states without a usable mask
+LISTED = 10  # masks of each fault that are printed; masks.csv has all of them
 SHEET, ACROSS, THUMB = 48, 3, 160  # contact sheet: photos, photos per row, px of a tile
 
 # ---- 1. Masks (Section 3) ------------------------------------------------------------------------
 
-# state: new, from transparency, skipped, present, suspicious, or in FAULTS. note: path and problem.
-Outcome = namedtuple("Outcome", "state image mask note", defaults=("",))
+# state: new, from transparency, present, or in FAULTS. foreground, grey: shares of the mask's
+# pixels. error: what is wrong with the photo or its mask.
+Outcome = namedtuple("Outcome", "state image mask foreground grey error", defaults=(None, None, ""))
 
 
 def rembg_model(name):
     """A function: path of an image -> its mask, a greyscale PIL image. The mask is soft and not
     post-processed, as in the paper. Raises UserError if the model cannot be downloaded."""
-    from rembg import new_session, remove  # here, because the import is slow
-
+    try:
+        from rembg import new_session, remove  # here, because the import is slow
+    except RuntimeError as error:  # numba, which rembg imports: docker --user leaves no home folder
+        raise UserError(f"rembg: {error}; set the environment variable NUMBA_CACHE_DIR to a folder "
+                        "that is writable") from error
     try:
         session = new_session(name)  # always named, because rembg's default is not u2net
     except OSError as error:
@@ -65,47 +76,85 @@ def alpha_of(image):
 
 
 def make(image, mask, segment):
-    """Makes the mask of an image unless it exists; returns the Outcome. A failed image is recorded;
-    the others continue."""
-    if mask.exists():
-        return Outcome("skipped", image, mask)
+    """Makes the mask of an image; returns the Outcome. A failed image is recorded; the others
+    continue. Raises UserError if the mask cannot be written."""
     try:
         alpha = alpha_of(image)
         made = alpha or segment(image)
-    except Exception as error:  # onnxruntime and Pillow raise nearly anything
-        return Outcome("failed", image, mask, f"{image}: {error}")
-    write(mask, lambda draft: made.save(draft, "PNG"))
-    return judge("from transparency" if alpha else "new", image, mask, made)
+    except UserError as error:
+        return Outcome("failed", image, mask, error=str(error))
+    except Exception as error:  # onnxruntime raises nearly anything
+        return Outcome("failed", image, mask, error=f"{image}: {error}")
+    try:
+        write(mask, lambda draft: made.save(draft, "PNG"))
+    except OSError as error:
+        raise UserError(f"{mask}: cannot be written ({error.strerror}); make the folder masks/ "
+                        "writable, or a link to a folder that is") from error
+    return Outcome("from transparency" if alpha else "new", image, mask, *mask_shares(made))
 
 
 def verify(image, mask):
     """The Outcome of an image and its existing mask."""
     if not mask.exists():
-        return Outcome("missing", image, mask, str(mask))
+        return Outcome("missing", image, mask, error=str(mask))
     try:
         _, saved = open_pair(image, mask)
     except UserError as error:
-        return Outcome("wrong", image, mask, str(error))
-    return judge("present", image, mask, saved)
+        return Outcome("wrong", image, mask, error=str(error))
+    return Outcome("present", image, mask, *mask_shares(saved))
 
 
-def judge(state, image, mask, pixels):
-    """The Outcome of a readable mask: `state`, or suspicious if mask_faults() finds one."""
-    empty, full, fuzzy, share = mask_faults(pixels)
-    if empty or full or fuzzy:
-        note = f"{mask}: {share:.1%} foreground{', fuzzy' * bool(fuzzy)}"
-        return Outcome("suspicious", image, mask, note)
-    return Outcome(state, image, mask)
+def suspicion(outcome):
+    """What is suspicious about a readable mask; "" if nothing is."""
+    if outcome.state in FAULTS:
+        return ""
+    reasons = []
+    if outcome.foreground < EMPTY:
+        reasons.append("nearly empty")
+    if outcome.foreground > FULL:
+        reasons.append("nearly full")
+    if outcome.grey > FUZZY:
+        reasons.append("fuzzy")
+    return " and ".join(reasons)
 
 
 def summarise(outcomes):
-    """Prints the number of images in each state, and the notes on single images."""
+    """Prints the number of images in each state, then the first images of each fault."""
     counts = Counter(outcome.state for outcome in outcomes).most_common()
     states = ", ".join(f"{count:,} {state}" for state, count in counts)
     print(f"{len(outcomes):,} images: {states}")
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.state):
-        if outcome.note:
-            print(f"  {outcome.state}: {outcome.note}")
+    problems = defaultdict(list)
+    for outcome in outcomes:
+        if suspicion(outcome):
+            shares = f"{outcome.foreground:.1%} foreground, {outcome.grey:.0%} grey"
+            problems["suspicious"].append(f"{outcome.mask}: {suspicion(outcome)} ({shares})")
+        elif outcome.error:
+            problems[outcome.state].append(outcome.error)
+    for problem, lines in sorted(problems.items()):
+        print(f"{problem}: {len(lines):,}")
+        for line in lines[:LISTED]:
+            print(f"  {line}")
+        if len(lines) > LISTED:
+            print(f"  and {len(lines) - LISTED:,} more")
+
+
+def write_table(outcomes, root):
+    """Writes ROOT/masks.csv: a row for each photo, by its path below the root."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["photo", "state", "foreground", "grey"])
+    for outcome in outcomes:
+        shares = ["", ""]
+        if outcome.state not in FAULTS:
+            shares = [f"{outcome.foreground:.4f}", f"{outcome.grey:.4f}"]
+        state = "suspicious" if suspicion(outcome) else outcome.state
+        writer.writerow([outcome.image.relative_to(root).as_posix(), state, *shares])
+    try:
+        write_text(root / "masks.csv", table.getvalue())
+    except OSError as error:
+        print(f"{root / 'masks.csv'}: not written ({error.strerror})")
+    else:
+        print(f"{root / 'masks.csv'}: the state of every mask")
 
 
 # ---- 2. Quality of masks (Section 4) -------------------------------------------------------------
@@ -172,32 +221,46 @@ def print_statistics(results):
 # ---- 3. Contact sheet ----------------------------------------------------------------------------
 
 
-def suspicious_first(outcomes):
-    """The entries of a contact sheet: suspicious masks come first, then random ones."""
+def half_suspicious(outcomes):
+    """The entries of a contact sheet. One half are suspicious masks, the other half ordinary ones,
+    both at random. If there are too few of one kind, there are more of the other."""
     shown = [outcome for outcome in outcomes if outcome.state not in FAULTS]
     random.Random(0).shuffle(shown)
-    shown.sort(key=lambda outcome: outcome.state != "suspicious")
-    return [(outcome.image, open_mask(outcome.mask), "/".join(outcome.image.parts[-2:]))
-            for outcome in shown[:SHEET]]
+    suspicious = [outcome for outcome in shown if suspicion(outcome)]
+    ordinary = [outcome for outcome in shown if not suspicion(outcome)]
+    chosen = suspicious[:max(SHEET // 2, SHEET - len(ordinary))]
+    chosen += ordinary[:SHEET - len(chosen)]
+    entries = []
+    for outcome in chosen:
+        name = "/".join(outcome.image.parts[-2:])
+        reason = f"{suspicion(outcome) or 'ordinary'}, {outcome.foreground:.1%} foreground"
+        entries.append((outcome.image, open_mask(outcome.mask), name, reason))
+    return entries
 
 
 def contact_sheet(entries, out):
-    """Writes the PNG `out`: photo, mask and cut-out of each (path of the photo, mask, caption)."""
+    """Writes the PNG `out`: photo, mask and cut-out of each (photo's path, mask, name, reason)."""
     if not entries:
         raise UserError(f"--sheet {out}: there are no masks to show; make masks first")
-    width, height = 3 * THUMB + 16, THUMB + 20  # of an entry
-    rows = -(-len(entries) // ACROSS)
-    sheet = Image.new("RGB", (ACROSS * width, rows * height), "white")
+    width, height = 3 * THUMB + 16, THUMB + 34  # of an entry; two lines of text are 30 px
+    titles = 16
+    rows = math.ceil(len(entries) / ACROSS)
+    sheet = Image.new("RGB", (ACROSS * width, titles + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, mask, caption) in enumerate(entries):
-        x, y = i % ACROSS * width, i // ACROSS * height
+    for x in range(0, sheet.width, width):
+        for k, title in enumerate(("photo", "mask", "cut-out")):
+            draw.text((x + k * THUMB + 2, 2), title, "black")
+    for i, (image, mask, name, reason) in enumerate(entries):
+        x, y = i % ACROSS * width, titles + i // ACROSS * height
         photo = open_rgb(image)
         photo.thumbnail((THUMB, THUMB))
         mask = mask.resize(photo.size)
         cutout = Image.composite(photo, Image.new("RGB", photo.size, "magenta"), mask)
         for k, tile in enumerate((photo, mask, cutout)):
             sheet.paste(tile, (x + k * THUMB, y))
-        draw.text((x + 2, y + photo.height + 2), caption[-75:], "black")
+        while draw.textlength(name) > 3 * THUMB:  # the end of a long name tells most
+            name = name[1:]
+        draw.text((x + 2, y + photo.height + 2), f"{name}\n{reason}", "black")
     write(out, lambda draft: sheet.save(draft, "PNG"))
     print(f"contact sheet: {out}")
 
@@ -211,16 +274,35 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group(required=True)
-    either.add_argument("--dataset", help="cars196, cub200, sop, or a folder with images/<class>/")
-    either.add_argument("--check", metavar="FOLDER", help="compare hand-made *_mask.png with "
-                        "*_mask_pred.png, or with what --model makes of *_image.*")
-    add("--data", default="data", help="folder that holds the named datasets")
+    either.add_argument("--dataset", type=os.path.expanduser,
+                        help="cars196, cub200, sop, or a folder with images/<class>/")
+    either.add_argument("--check", metavar="FOLDER", type=os.path.expanduser, help="compare "
+                        "hand-made *_mask.png with *_mask_pred.png, or with what --model makes of "
+                        "*_image.*")
+    add("--data", default="data", type=os.path.expanduser, help="folder of the named datasets")
     add("--model", default="u2net", choices=MODELS, help="a model of rembg; the paper's is u2net")
     add("--shard", default="1/1", metavar="I/N", help="process every N-th image from the I-th on")
-    add("--verify", action="store_true", help="check the existing masks instead of making masks")
+    add("--verify", action="store_true", help="check the existing masks and make none")
     add("--sheet", type=Path, metavar="OUT.png", help=f"draw a contact sheet of {SHEET} masks, "
-        "suspicious masks first, or with --check the worst first")
+        "half of them suspicious, or with --check the worst")
     return parser.parse_args(argv)
+
+
+def process(pairs, shared, args):
+    """[Outcome] of (image, mask) pairs. Makes the missing masks, except with --verify."""
+    segment = None
+    if not args.verify and not all(mask.exists() for _, mask in pairs):
+        segment = rembg_model(args.model)
+    outcomes = []
+    for image, mask in tqdm(pairs, unit=" images", mininterval=5):
+        if mask in shared:
+            error = f"{image}: another photo has the same mask, {mask}; rename one of them"
+            outcomes.append(Outcome("shared", image, mask, error=error))
+        elif args.verify or mask.exists():
+            outcomes.append(verify(image, mask))
+        else:
+            outcomes.append(make(image, mask, segment))
+    return outcomes
 
 
 def main(argv=None):
@@ -229,26 +311,31 @@ def main(argv=None):
         results = check(args.check, args.model)
         print_statistics(results)
         if args.sheet:
-            worst_first = [(result.image, result.mask, f"{result.truth} IoU {result.iou:.2f}")
+            worst_first = [(result.image, result.mask, str(result.truth), f"IoU {result.iou:.2f}")
                            for result in sorted(results) if result.image]
             contact_sheet(worst_first[:SHEET], args.sheet)
         return
-    splits = load_splits(args.dataset, args.data, need_masks=False, training=False)
-    pairs = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
     first, jobs = map(int, args.shard.split("/"))
     if not 1 <= first <= jobs:
         raise UserError(f"--shard {args.shard}: give I/N with I from 1 to N")
+    splits = load_splits(args.dataset, args.data, need_masks=False, measure="all")
+    root = dataset_root(args.dataset, args.data)
+    pairs = [pair for split in splits.values() for pair in zip(split.images, split.masks)]
+    masks = [mask for _, mask in pairs]
+    strays = describe_strays(root, masks)
+    if strays:
+        print(strays)
     pairs = pairs[first - 1::jobs]
-    segment = None
-    if not args.verify and not all(mask.exists() for _, mask in pairs):
-        segment = rembg_model(args.model)
-    outcomes = []
-    for image, mask in tqdm(pairs, unit=" images", mininterval=5):
-        existing = args.verify or args.sheet and mask.exists()
-        outcomes.append(verify(image, mask) if existing else make(image, mask, segment))
+    # To judge the masks of 100,000 photos takes an hour. A job that starts again need not do it.
+    judged = jobs > 1 or (root / "masks.csv").exists()
+    if judged and not args.verify and not args.sheet and all(mask.exists() for _, mask in pairs):
+        return print(f"{len(pairs):,} images: all have a mask; --verify checks the masks")
+    outcomes = process(pairs, shared_masks(masks), args)
     summarise(outcomes)
+    if jobs == 1:
+        write_table(outcomes, root)
     if args.sheet:
-        contact_sheet(suspicious_first(outcomes), args.sheet)
+        contact_sheet(half_suspicious(outcomes), args.sheet)
     if any(outcome.state in FAULTS for outcome in outcomes):
         sys.exit(1)
 

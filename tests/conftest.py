@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -46,11 +47,11 @@ def write_shop(folder, classes=9, photos=4, size=(40, 32), suffix="jpg"):
 def slow_removal(image, mask):
     """bgbias.remove_object() of one photo (3, S, S) and its mask (S, S): at half the resolution, the mean of the
     background, then Gaussian blurs of it, each in proportion to how much of it they see, and fully from a tenth on."""
-    size, margin, half = len(mask), max(1, len(mask) // 64), len(mask) // 2
+    size, margin, half = len(mask), max(1, len(mask) // 64), (len(mask) + 1) // 2
     padded = np.pad(mask, margin)
     keep = np.array([[padded[y:y + 2 * margin + 1, x:x + 2 * margin + 1].max() < 0.1 for x in range(size)]
                      for y in range(size)])
-    spans = [slice(i * size // half, -(-(i + 1) * size // half)) for i in range(half)]  # 2 pixels each, or 3
+    spans = [slice(2 * i, 2 * i + 2) for i in range(half)]  # the last one has one pixel if the size is odd
     *known, share = ([[plane[y, x].mean() for x in spans] for y in spans] for plane in [*image * keep, keep])
     known, share, fill = np.array(known), np.array(share), np.empty((3, half, half), np.float32)
     for y, x in np.ndindex(half, half):
@@ -90,25 +91,37 @@ def scaled(pixels, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     return (pixels / 255 - mean) / std
 
 
-def naive_metrics(embeddings, labels, ks, gallery=None):
-    """bgbias.retrieval_metrics(): one query, one neighbour at a time, in float64; of equally near items the wrong ones
-    come first."""
+def naive_query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
+    """bgbias.query_metrics(): one query, one neighbour at a time, in float64; of equally near items the wrong ones come
+    first. {metric: [value of each query]}."""
     embeddings = np.asarray(embeddings, dtype=np.float64)
     gallery = embeddings if gallery is None else np.asarray(gallery, dtype=np.float64)
-    labels = np.asarray(labels).tolist()
-    scores = []
+    labels, rows = np.asarray(labels).tolist(), []
     for q in range(len(labels)):
-        others = [i for i in range(len(labels)) if i != q]
+        others = [i for i in range(len(labels)) if i != q and (ignored is None or i != ignored[q])]
         R = sum(labels[i] == labels[q] for i in others)
         if R == 0:
+            rows.append(dict.fromkeys(["map@r", "r_precision", *(f"recall@{k}" for k in ks)], math.nan))
             continue
         squares = ((gallery - embeddings[q]) ** 2).sum(axis=1)
         ranked = sorted((squares[i], labels[i] == labels[q]) for i in others)
         right = [r for _, r in ranked]
         precision = [sum(right[: i + 1]) / (i + 1) for i in range(R)]
         row = {"map@r": sum(p for p, r in zip(precision, right) if r) / R, "r_precision": sum(right[:R]) / R}
-        scores.append(row | {f"recall@{k}": float(any(right[:k])) for k in ks})
-    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+        rows.append(row | {f"recall@{k}": float(any(right[:k])) for k in ks})
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def naive_metrics(embeddings, labels, ks, gallery=None, ignored=None):
+    """bgbias.retrieval_metrics(): the means over the queries that have a right item."""
+    values = naive_query_metrics(embeddings, labels, ks, gallery, ignored)
+    return {name: mean_of(column) for name, column in values.items()}
+
+
+def mean_of(values):
+    """The mean of the numbers that are not nan; nan if there are none."""
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def result(run):

@@ -4,17 +4,19 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 import bgbias
 import masks
 from bgbias import (
     SPLITS, Photos, UserError, list_backgrounds, list_photos, load_splits, mask_path, open_image, open_rgb, parse_args)
-from conftest import write_image
+from conftest import ROOT, write_image
 
 # ---- The three datasets --------------------------------------------------------------------------
 
@@ -70,11 +72,114 @@ def test_both_cars_layouts_give_each_photo_its_class_and_mask(cars, monkeypatch)
             load_splits("cars196", data, need_masks=False)
 
 
-def test_cars_with_the_test_labels_inside_the_devkit(cars):
-    root, name = cars[1] / "stanford_cars", "cars_test_annos_withlabels.mat"
-    before = bgbias.list_cars196(root)
-    (root / name).rename(root / "devkit" / name)
-    assert bgbias.list_cars196(root) == before and len(before) == 12
+def move(old, new):
+    new.parent.mkdir(parents=True, exist_ok=True)
+    old.rename(new)
+
+
+def nest(root):
+    """Kaggle's cars_train/cars_train/00001.jpg."""
+    for folder in ("cars_train", "cars_test"):
+        move(root / folder, root / "here")
+        move(root / "here", root / folder / folder)
+
+
+def relabel(path, number):
+    """Changes the labels of a list: number(label), or no labels for None."""
+    rows = loadmat(path, simplify_cells=True)["annotations"]
+    columns = {"fname": [row["fname"] for row in rows]}
+    if number:
+        columns["class"] = [number(row["class"]) for row in rows]
+    savemat(path, annotations(**columns))
+
+
+def leave_old_files(root):
+    """An old, partial car_ims/ beside the set and above it, a hidden folder of an unpacking that was stopped, and
+    the files that macOS writes beside others."""
+    for folder in (root, root.parent):
+        write_image(folder / "car_ims/000001.jpg", np.random.default_rng(0))
+    savemat(root / "cars_annos.mat", annotations(relative_im_path=["car_ims/000001.jpg"] * 2, **{"class": [1, 2]}))
+    (root.parent / ".unpacking/stanford_cars/cars_train").mkdir(parents=True)
+    (root / "devkit/._cars_train_annos.mat").write_bytes(b"Mac OS X")
+
+
+LABELS = "cars_test_annos_withlabels.mat"
+CARS_THAT_WORK = {
+    "torchvision": lambda root: None,
+    "test labels in the devkit": lambda root: move(root / LABELS, root / "devkit" / LABELS),
+    "car_devkit.tgz unpacked beside": lambda root: move(root / "devkit", root / "car_devkit/devkit"),
+    "nested folders of Kaggle": nest,
+    "renamed by a browser": lambda root: move(root / LABELS, root / "cars_test_annos_withlabels (1).mat"),
+    "the devkit's test list too": lambda root: (
+        shutil.copy(root / LABELS, root / "devkit/cars_test_annos.mat"),
+        relabel(root / "devkit/cars_test_annos.mat", None)),
+    "labels from 0": lambda root: [relabel(root / name, lambda label: label - 1)
+                                   for name in (LABELS, "devkit/cars_train_annos.mat")],
+    "two folders deeper": lambda root: move(root, root.parent / "archive/stanford_cars"),
+    "no folder of its own": lambda root: [move(path, root.parent / path.name) for path in sorted(root.iterdir())],
+    "old files": leave_old_files}
+
+
+@pytest.mark.parametrize("layout", CARS_THAT_WORK)
+def test_layouts_of_cars_that_people_have(cars, layout, monkeypatch):
+    """Every photo has the grey level of its class, and no mask belongs to two photos."""
+    monkeypatch.setitem(bgbias.COUNTS, "cars196", (12, 8))
+    CARS_THAT_WORK[layout](cars[1] / "stanford_cars")
+    splits = load_splits("cars196", cars[1], need_masks=False)
+    images = sum((split.images for split in splits.values()), [])
+    labels = np.concatenate([split.labels for split in splits.values()])
+    assert sorted(labels) == sorted([0, 39, 98, 129, 159, 195] * 2)
+    for path, label in zip(images, labels, strict=True):
+        assert abs(np.asarray(Image.open(path)).mean() - (label + 1)) < 2
+    assert len(set(sum((split.masks for split in splits.values()), []))) == 12
+
+
+def kaggle_bundle(root):
+    """Nested folders, and only the list of the other layout, whose names do not fit."""
+    nest(root)
+    move(root / LABELS, root / "cars_annos.mat")
+    shutil.rmtree(root / "devkit")
+
+
+def by_classes(root):
+    """Kaggle's car_data/car_data/train/<class>/. The folders sort in another order than the official classes."""
+    for part in ("train", "test"):
+        folder = root / f"car_data/car_data/{part}/AM General Hummer SUV 2000"
+        move(root / f"cars_{part}/00001.jpg", folder / "00001.jpg")
+        shutil.rmtree(root / f"cars_{part}")
+
+
+KAGGLE, ISSUE = "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars", "pytorch/vision/issues/7545"
+CARS_THAT_LACK = {
+    "labels of Kaggle's bundle": (kaggle_bundle, "cars_train_annos.mat", ISSUE),
+    "test labels": (lambda root: move(root / LABELS, root.parent / LABELS), LABELS, ISSUE),
+    "labels in the test list": (lambda root: relabel(root / LABELS, None), LABELS, ISSUE),
+    "a good list": (lambda root: (root / LABELS).write_text("<html>404</html>"), LABELS, ISSUE),
+    "the end of a list": (lambda root: (root / LABELS).write_bytes((root / LABELS).read_bytes()[:300]), LABELS, ISSUE),
+    "cars_test": (lambda root: shutil.rmtree(root / "cars_test"), "cars_test/", KAGGLE),
+    "the list of car_ims": (lambda root: (shutil.rmtree(root / "cars_test"), (root / "car_ims").mkdir()),
+                            "cars_annos.mat", ISSUE),
+    "the official order of the classes": (by_classes, "cars_train or car_ims", KAGGLE)}
+
+
+@pytest.mark.parametrize("lack", CARS_THAT_LACK)
+def test_cars_that_lack_a_file_say_which_and_where_it_is(cars, lack, failure):
+    change, file, address = CARS_THAT_LACK[lack]
+    change(cars[1] / "stanford_cars")
+    line = failure(["--dataset", "cars196", "--data", cars[1]], masks.main)
+    assert file in line and address in line, line
+
+
+@pytest.mark.parametrize("dataset, place", [
+    ("cub200", "CUB_200_2011/images"), ("sop", "Stanford_Online_Products/Ebay_train.txt"), ("cars196", "car_ims")])
+def test_a_dataset_is_found_up_to_two_folders_deeper_and_not_in_hidden_folders(tmp_path, dataset, place):
+    (tmp_path / ".new" / place).mkdir(parents=True)
+    (tmp_path / "a/.new" / place).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--data {tmp_path}: .*{re.escape(bgbias.SOURCES[dataset])}"):
+        bgbias.dataset_root(dataset, tmp_path)
+    for folder in ("a/b", "c", "."):  # the nearest one is taken
+        (tmp_path / folder / place).mkdir(parents=True)
+        assert bgbias.dataset_root(dataset, tmp_path) == (tmp_path / folder / place).parent
 
 
 def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
@@ -84,9 +189,6 @@ def test_wrong_numbers_of_photos_and_missing_files_are_named(cars, tmp_path):
         write_image(tmp_path / f"CUB_200_2011/images/{label:03d}/1.jpg", np.random.default_rng(0))
     with pytest.raises(UserError, match=f"{tmp_path}/CUB_200_2011: 3 .*11,788 and 5,924"):
         load_splits("cub200", tmp_path)
-    (cars[1] / "stanford_cars/devkit/cars_train_annos.mat").unlink()
-    with pytest.raises(OSError):
-        load_splits("cars196", cars[1])
     with pytest.raises(UserError, match=f"--data {tmp_path}: Stanford_Online_Products"):
         load_splits("sop", tmp_path)
 
@@ -166,7 +268,8 @@ def test_a_class_and_a_pool_hold_photos_only_and_the_rest_is_counted(shop, capsy
     splits, pool = load_splits(str(own)), pool_of(own)
     assert capsys.readouterr().out == ""
     for name in ("c0/a.txt", "c8/b.TXT", "c1/x.heic", "c1/.hidden.jpg", "readme.md", "loose.jpg", "b9/y.heic",
-                 "../backgrounds/val/z.txt", "../backgrounds/val/.hidden.jpg"):
+                 "c2/LICENSE", "c3/IMG_0001", "../backgrounds/val/z.txt", "../backgrounds/val/.hidden.jpg",
+                 "../backgrounds/val/IMG_2.HEIC"):
         (own / "images" / name).parent.mkdir(exist_ok=True)
         (own / "images" / name).touch()
     for folder in ("images/c0", "backgrounds/val"):
@@ -176,10 +279,24 @@ def test_a_class_and_a_pool_hold_photos_only_and_the_rest_is_counted(shop, capsy
     for split, before in zip(load_splits(str(own)).values(), splits.values(), strict=True):
         assert (split.images, split.masks) == (before.images, before.masks)
         assert split.labels.tolist() == before.labels.tolist()
-    line, = capsys.readouterr().out.splitlines()
-    assert sorted(re.findall(r"(\d+) (\.\w+|folders)", line)) == [
-        ("1", ".jpg"), ("1", ".md"), ("1", ".png"), ("1", ".webp"), ("1", "folders"), ("2", ".heic"), ("2", ".txt")]
+    heic = "; for HEIC photos, run: pip install pillow-heif\n"
+    rest = {".png", ".webp", "sub-folders or folders without photos"}  # one of each
+    line = capsys.readouterr().out
+    assert line.startswith(f"left out of {own}/images: ") and line.endswith(heic) and line.count("\n") == 1
+    assert left_out_in(line) == dict.fromkeys(rest | {".jpg", ".md"}, 1) | {
+        ".txt": 2, ".heic": 2, "files without a suffix": 2}
     assert pool_of(own) == pool
+    folder = own / "backgrounds/val"
+    bgbias.print_left_out(folder, bgbias.visible(folder), pool)
+    line = capsys.readouterr().out
+    assert line.startswith(f"left out of {folder}: ") and line.endswith(heic) and line.count("\n") == 1
+    assert left_out_in(line) == dict.fromkeys(rest | {".txt", ".heic"}, 1)
+
+
+def left_out_in(line):
+    """{what: how many} of "left out of FOLDER: 1 .jpg, 2 .txt; ..."."""
+    entries = line.partition(": ")[2].partition(";")[0].split(", ")
+    return {what: int(count) for count, what in (entry.split(" ", 1) for entry in entries)}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every folder")
@@ -207,10 +324,45 @@ def test_missing_masks_and_folders_are_named(shop):
         load_splits(str(shop / "nowhere"))
 
 
+def rename_masks(own, name):
+    for mask in sorted(own.glob("masks/*/*")):
+        mask.rename(mask.with_name(name.format(mask.stem)))
+
+
+def test_masks_under_other_names_are_not_called_missing_only(shop):
+    """As rembg's users name them. The command would make them anew. Hidden files are no masks."""
+    own = shop / "shop"
+    (own / "masks/c0/.DS_Store").touch()
+    rename_masks(own, "{}_mask.png")
+    with pytest.raises(UserError) as error:
+        load_splits(str(own))
+    assert re.search(f"^{own}/masks/c0/p0.png: missing .*36 masks.*; {own}/masks has 36 files that fit no photo, such "
+                     f"as {own}/masks/c0/p0_mask.png: .* python masks.py --dataset {own}$", str(error.value))
+    assert "Unicode" not in str(error.value)
+    rename_masks(own, "{:.2}.jpg")
+    with pytest.raises(UserError, match="has 36 files that fit no photo, such as .*/p0.jpg"):
+        load_splits(str(own))
+    rename_masks(own, "{}.png")
+    assert split_sizes(load_splits(str(own))) == [12, 8, 16]
+
+
+def test_a_mask_whose_name_differs_only_in_its_unicode_form(shop):
+    """A Mac writes é as e and an accent; zip files and Linux keep it so."""
+    own = shop / "shop"
+    (own / "images/c0/p0.jpg").rename(own / "images/c0/caf\u00e9.jpg")
+    (own / "masks/c0/p0.png").rename(own / "masks/c0/cafe\u0301.png")
+    with pytest.raises(UserError, match="caf\u00e9.png: missing .* has 1 files .*cafe\u0301.png .*Unicode"):
+        load_splits(str(own))
+
+
 def test_two_photos_with_one_mask(shop):
-    write_image(shop / "shop/images/c0/p0.png", np.random.default_rng(1))
-    with pytest.raises(UserError, match=f"{shop}/shop/masks/c0/p0.png: "):
-        load_splits(str(shop / "shop"))
+    """masks.py lists all of them, and makes the other masks."""
+    own, rng = shop / "shop", np.random.default_rng(1)
+    write_image(own / "images/c0/p0.png", rng)
+    write_image(own / "images/c5/p1.webp", rng)
+    with pytest.raises(UserError, match=f"^{own}/masks/c0/p0.png: .*2 such masks.* masks.py --dataset {own} --verify$"):
+        load_splits(str(own))
+    assert split_sizes(load_splits(str(own), need_masks=False)) == [13, 8, 17]
 
 
 def test_too_few_classes_or_photos(shop, capsys):
@@ -397,6 +549,65 @@ def test_an_unreadable_image_is_named(suffix, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path}: "):
             open_rgb(path)
+
+
+def test_unreadable_files_that_have_a_remedy(tmp_path):
+    """A pointer of git-lfs, and a HEIC photo that an app has named .jpg."""
+    photo = tmp_path / "IMG_0001.jpg"
+    photo.write_text("version https://git-lfs.github.com/spec/v1\n"
+                     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
+    for opened in (open_image, open_rgb, bgbias.open_mask):
+        with pytest.raises(UserError, match=f"^{photo}: a pointer of git-lfs .*: git lfs pull$"):
+            opened(photo)
+    photo.write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(UserError, match=f"^{photo}: a HEIC photo; run: pip install pillow-heif$"):
+        open_rgb(photo)
+
+
+def test_heic_photos_are_read_if_pillow_heif_is_installed(tmp_path):
+    """By a stand-in with the same function, in a process of its own: photos are HEIC by their content."""
+    (tmp_path / "pillow_heif.py").write_text("""
+from PIL import Image
+
+def register_heif_opener():
+    Image.register_open("HEIF", lambda *args: Image.new("RGB", (3, 2), "red"), lambda start: start[4:12] == b"ftypheic")
+    Image.register_extensions("HEIF", [".heic", ".heif"])
+""")
+    for name in ("a.HEIC", "b.jpg", "c.txt"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(100))
+    script = ("import bgbias, pathlib; photos = bgbias.list_photos(pathlib.Path()); "
+              "print(*photos, *(bgbias.open_rgb(photo).size for photo in photos))")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths},
+                          capture_output=True, text=True)
+    assert done.stdout == "a.HEIC b.jpg (3, 2) (3, 2)\n", done.stderr
+
+
+@pytest.mark.parametrize("orientation, turned", [(1, False), (3, False), (6, True), (8, True)])
+def test_a_mask_that_fits_only_the_photo_as_it_is_stored(tmp_path, orientation, turned):
+    """Many tools ignore EXIF, and so do the masks that they write."""
+    exif, photo, mask = Image.Exif(), tmp_path / "photo.jpg", tmp_path / "mask.png"
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(photo, exif=exif)
+    Image.new("L", (40, 30)).save(mask)
+    if turned:
+        with pytest.raises(UserError, match=rf"^{mask}: .*\(40, 30\), .*\(30, 40\), because .*EXIF.* turn the mask"):
+            bgbias.open_pair(photo, mask)
+    else:
+        bgbias.open_pair(photo, mask)
+    Image.new("L", (41, 30)).save(mask)  # fits in neither way
+    with pytest.raises(UserError, match="delete the mask and run masks.py$"):
+        bgbias.open_pair(photo, mask)
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 1), ({"meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\n", "self/cgroup": "0::/\n"}, 1),
+    ({"meminfo": "MemTotal: 8000 kB\nMemAvailable: 2000 kB\n"}, 0.25)])
+def test_memory_that_a_sandbox_does_not_tell_counts_as_free(tmp_path, monkeypatch, files, expected):
+    for name, text in files.items():
+        bgbias.write_text(tmp_path / "proc" / name, text)
+    monkeypatch.setattr(bgbias, "Path", lambda *parts: tmp_path.joinpath(*(str(part).lstrip("/") for part in parts)))
+    assert bgbias.free_memory() == expected
 
 
 def test_what_fails_to_be_written_leaves_the_old_file(tmp_path):

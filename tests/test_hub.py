@@ -3,10 +3,12 @@ and trained, against what the tests compute from the network itself."""
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import bgbias
@@ -173,11 +175,45 @@ def test_mean_and_std_of_its_own(root, embedding):
     assert scores[0]["clean"] != imagenet["test"]["clean"]  # so it makes a difference
 
 
-@pytest.mark.parametrize("name, value", [("M", "(123.7, 116.3, 103.5)"), ("S", "(0.2, 0.2, 1.1)")])
-def test_error_mean_or_std_above_1(root, tmp_path, failure, name, value):
+@pytest.mark.parametrize("name, value, word", [
+    ("M", "(123.7, 116.3, 103.5)", "mean"), ("S", "(0.2, 0.2, 1.1)", "std"), ("S", "(0.2, 0, 0.2)", "std")])
+def test_error_scaling(root, tmp_path, failure, name, value, word):
     write_hubconf(tmp_path / "odd", f"{HUBCONF}{name} = {value}\n")
     line = failure(command(root, f"{UNTRAINED} --backbone {tmp_path}/odd:told", "failed"))
-    assert f"--backbone {tmp_path}/odd:told" in line and {"M": "mean", "S": "std"}[name] in line
+    assert f"--backbone {tmp_path}/odd:told: its {word} " in line
+
+
+class Stated(torch.nn.Module):
+    """A network that states what the test gives it."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+TIMM = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+SCALINGS = [
+    ({}, IMAGENET),
+    ({"mean": 0.5, "std": 0.25}, ((127.5,) * 3, (63.75,) * 3)),
+    ({"mean": torch.tensor(0.5), "std": np.float64(0.25)}, ((127.5,) * 3, (63.75,) * 3)),
+    ({"mean": torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1), "std": np.full((3, 1, 1), 0.2)},
+     ((51, 102, 153), (51,) * 3)),
+    ({"mean": torch.nn.Parameter(torch.full((3,), 0.2))}, ((51,) * 3, IMAGENET[1])),  # each on its own
+    ({"std": [0.2] * 3}, (IMAGENET[0], (51,) * 3)),
+    ({"mean": lambda: 0.5, "std": [0.2] * 4}, IMAGENET),  # a method; too many
+    ({"mean": None, "std": "0.2"}, IMAGENET),
+    ({"pretrained_cfg": TIMM}, ((122.4, 117.3, 104.55), (68.85, 66.3, 71.4))),
+    ({"pretrained_cfg": TIMM, "mean": 0.2, "std": lambda: 1}, ((51,) * 3, (68.85, 66.3, 71.4))),  # its own first
+    ({"pretrained_cfg": {"url": ""}}, IMAGENET), ({"pretrained_cfg": None}, IMAGENET)]
+
+
+@pytest.mark.parametrize("attributes, scaling", SCALINGS)
+def test_scaling_that_a_network_states(attributes, scaling):
+    order, mean, std = bgbias.input_scaling("folder:name", Stated(**attributes))
+    assert order == [0, 1, 2]
+    assert (mean, std) == (pytest.approx(scaling[0], rel=1e-6), pytest.approx(scaling[1], rel=1e-6))
 
 
 # ---- Without gradients ---------------------------------------------------------------------------
@@ -286,6 +322,36 @@ def test_weights_none_makes_them_random(root, untrained):
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
+class Attention(torch.nn.Module):
+    """Parameters that no reset_parameters() reaches: in_proj_weight, in_proj_bias, and a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.linspace(-1, 1, 8).view(1, 2, 4))
+        self.attention = torch.nn.MultiheadAttention(4, 2)
+        self.norm = torch.nn.LayerNorm(4)
+        self.scale = torch.nn.Parameter(torch.full((4,), 0.1))
+
+
+def test_weights_none_reaches_every_parameter():
+    def randomised(seed):
+        network = Attention()
+        network.load_state_dict(learned)
+        torch.manual_seed(seed)
+        bgbias.randomise(network)
+        return network.state_dict()
+
+    learned = {name: value + 0.1 * torch.rand(value.shape) for name, value in Attention().state_dict().items()}
+    learned["scale"] = torch.full((4,), 0.1)  # all equal: there is nothing that it could have learned
+    first, again, other = (randomised(seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in learned)
+    assert [name for name in learned if torch.equal(first[name], learned[name])] == ["scale"]
+    assert not torch.equal(first["attention.in_proj_weight"], other["attention.in_proj_weight"])
+    for name in ("token", "attention.in_proj_weight", "attention.in_proj_bias"):
+        assert torch.equal(first[name].flatten().sort().values, learned[name].flatten().sort().values)
+    assert first["norm.weight"].tolist() == [1] * 4  # by its reset_parameters()
+
+
 def test_its_own_weights_are_not_imagenet(root, untrained, failure):
     assert result(untrained)["args"]["weights"] == "own"
     line = failure(command(root, f"{UNTRAINED} --weights imagenet", "failed"))
@@ -303,6 +369,80 @@ def test_weights_of_a_file(root, tmp_path):
     assert all(torch.equal(loaded[f"backbone.{name}"], value) for name, value in state.items())
 
 
+def test_weights_of_a_run(root, trained, capsys):
+    """Its backbone, and its linear layer if that has the right size. One line says which."""
+    def states(flags):
+        capsys.readouterr()
+        args = bgbias.parse_args(command(root, f"--weights {trained}/best.pt {flags}", "runs"))
+        torch.manual_seed(0)
+        network = bgbias.Embedder(args.backbone, args.weights, args.image_size, args.embedding)
+        line, = capsys.readouterr().out.splitlines()
+        return line, network.state_dict()
+
+    saved = weights(trained)
+    line, state = states("--embedding 16")
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    assert line == f"--weights {trained}/best.pt: the backbone and the linear layer of a run"
+    for embedding in (5, 0):
+        line, state = states(f"--embedding {embedding}")
+        assert all(torch.equal(state[name], saved[name]) for name in saved if name.startswith("backbone."))
+        assert "without its linear layer, whose size is 16" in line
+    assert "head.weight" not in state
+
+
+def test_weights_of_a_run_with_another_network(root, trained, failure):
+    line = failure(command(root, f"--backbone smallconv --weights {trained}/best.pt", "failed"))
+    assert f"--weights {trained}/best.pt: 0.weight does not fit" in line and not (root / "failed").exists()
+
+
+@pytest.mark.parametrize("change", ["network.half()", "network.double()", "torch.compile(network)",
+                                    "torch.compile(network.bfloat16())"])
+def test_a_network_in_another_state(root, tmp_path, change):
+    """A compiled network, or one in another precision, is measured in float32 and not compiled."""
+    text = f"{HUBCONF}def changed():\n    network = net()\n    return {change}\n"
+    write_hubconf(tmp_path / "changed", text)
+    network = bgbias.Embedder(f"{tmp_path}/changed:changed", "own", SIZE, 0)
+    x = torch.rand(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(network(x), F.normalize(network_itself()(x), dim=1), atol=0.01, rtol=0)
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32, torch.int64}
+    assert network.state_dict().keys() == {f"backbone.{name}" for name in network_itself().state_dict()}
+
+
+# ---- Using the result ----------------------------------------------------------------------------
+
+
+def test_load_network_finds_the_numbers_of_the_test_again(root, trained):
+    network, preprocess = bgbias.load_network(trained)
+    files = sorted((root / "shop/images").glob("*/*"))[33:]  # those of the test
+    photos = torch.stack([preprocess(str(file)) for file in files])
+    assert photos.shape == (33, 3, SIZE, SIZE) and photos.dtype == torch.uint8
+    expected = torch.stack([pixels_of(file, SIZE) for file in files])
+    assert (photos - expected).abs().max() <= 1
+    embeddings = network(photos)
+    assert embeddings.shape == (33, 16) and not embeddings.requires_grad
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(33))
+    assert not any(module.training for module in network.modules())
+    metrics = bgbias.retrieval_metrics(embeddings, np.repeat(np.arange(11), 3), (1,))
+    test = result(trained)["test"]["clean"][0]
+    assert {name: test[name] for name in metrics} == pytest.approx(metrics, abs=1e-9)
+    torch.testing.assert_close(network(photos[:1].float()), embeddings[:1])  # pixels of any type
+
+
+def test_load_network_turns_photos_upright(root, trained, tmp_path):
+    _, preprocess = bgbias.load_network(str(trained), device="cpu")
+    file = root / "shop/images/c00/p0.png"
+    exif = Image.Exif()
+    exif[274] = 6  # stored turned by 90 degrees
+    Image.open(file).transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(preprocess(tmp_path / "turned.png"), preprocess(file))
+
+
+def test_error_load_network_of_an_unfinished_run(root, trained, tmp_path):
+    shutil.copy(trained / "best.pt", tmp_path)
+    with pytest.raises(bgbias.UserError, match=f"^{tmp_path}: not a finished run; "):
+        bgbias.load_network(tmp_path)
+
+
 # ---- Odd networks --------------------------------------------------------------------------------
 
 
@@ -314,6 +454,92 @@ def test_error_output(root, tmp_path, failure, output, flags):
     line = failure(command(root, f"{flags} --backbone {tmp_path}/odd:odd", "failed"))
     assert f"--backbone {tmp_path}/odd:odd" in line
     assert not (root / "failed").exists()
+
+
+# Networks that eval() does not reach, and others whose features an image shares with its batch.
+BATCHES = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.hidden = [self.make()]
+    def make(self):
+        return nn.Identity()
+    def forward(self, x):
+        return self.hidden[0](self.first(x)).mean((2, 3))
+class NormInList(Base):
+    def make(self):
+        return nn.BatchNorm2d(8)
+class DropoutInList(Base):
+    def make(self):
+        return nn.Dropout()
+class FunctionalDropout(Base):
+    def forward(self, x):
+        return F.dropout(super().forward(x))  # training=True is its default
+class AlwaysTraining(DropoutInList):
+    def __init__(self):
+        super().__init__()
+        self.registered = self.hidden[0]
+    def train(self, mode=True):
+        return super().train(True)
+class Centred(Base):
+    def forward(self, x):
+        features = super().forward(x)
+        return features - 0.1 * features.mean(0)
+class NormOfOne(Base):
+    def forward(self, x):
+        features = super().forward(x)
+        return F.batch_norm(features, None, None, training=True)  # refuses a single image
+class OneImage(Base):
+    def forward(self, x):
+        if len(x) != 1:
+            raise ValueError("index: 0 Got: 3 Expected: 1\\nPlease fix")
+        return super().forward(x)
+class Counting(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(0))
+    def forward(self, x):
+        torch.rand(1)
+        self.calls = self.calls + 1
+        self.cache = torch.zeros(len(x))
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_batches(root):
+    write_hubconf(root / "batches", BATCHES)
+    return root / "batches"
+
+
+@pytest.mark.parametrize("name", ["NormInList", "DropoutInList", "FunctionalDropout", "AlwaysTraining", "Centred"])
+def test_error_features_depend_on_the_batch(root, in_batches, failure, name):
+    line = failure(command(root, f"{UNTRAINED} --backbone {in_batches}:{name}", "failed"))
+    assert f"--backbone {in_batches}:{name}: the features of an image change by " in line and "eval()" in line
+    assert not (root / "failed").exists()
+
+
+@pytest.mark.parametrize("name, words", [("NormOfOne", "1 images of 16 px (ValueError: Expected more than 1"),
+                                         ("OneImage", "3 images of 16 px (ValueError: index: 0 Got: 3 Expected: 1)")])
+def test_error_fails_on_some_batch(root, in_batches, failure, name, words):
+    line = failure(command(root, f"{UNTRAINED} --backbone {in_batches}:{name}", "failed"))
+    assert f"--backbone {in_batches}:{name}: it fails on {words}" in line and "any number of images" in line
+
+
+def test_the_check_of_a_network_leaves_no_trace(in_batches):
+    """Neither in its buffers nor in the global random state."""
+    torch.manual_seed(3)
+    network = bgbias.Embedder(f"{in_batches}:Counting", "own", SIZE, 0)
+    found = torch.rand(2)
+    assert network.backbone.calls == 0
+    torch.manual_seed(3)
+    torch.nn.Conv2d(3, 8, 3)
+    assert torch.equal(found, torch.rand(2))
 
 
 def test_features_in_half_precision(root, tmp_path, untrained):

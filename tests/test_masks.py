@@ -4,8 +4,11 @@ The network is the mean over the channels of its input, so that a mask is the ph
 stretched to 0 ... 255: easy to foresee for a photo that the test paints.
 """
 
+import csv
 import re
+import shutil
 import statistics
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +98,15 @@ def files(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+def table(root):
+    """The rows of masks.csv: {photo: (state, foreground, grey)}."""
+    with open(root / "masks.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["photo", "state", "foreground", "grey"]
+    assert len({row[0] for row in rows}) == len(rows)
+    return {photo: tuple(values) for photo, *values in rows}
+
+
 # ---- Making masks --------------------------------------------------------------------------------
 
 
@@ -131,7 +143,7 @@ def test_every_kind_of_photo_gets_a_mask_of_its_size(tmp_path, capsys):
         photo.save(path, quality=100, lossless=True, exif=exif if name == "turned.png" else b"")
         found[path.stem] = path
     code, out, _ = run(capsys, "--dataset", tmp_path / "shop")
-    assert code == 0 and "12 images: 10 new, 1 suspicious, 1 from transparency" in out  # the dot
+    assert code == 0 and "12 images: 11 new, 1 from transparency\nsuspicious: 1\n" in out  # the dot
     for name, path in found.items():
         found[name] = read(bgbias.mask_path(tmp_path / "shop", path))
         assert found[name].shape == ((1, 1) if name == "dot" else (24, 40)), name
@@ -157,12 +169,29 @@ def test_an_interrupted_job_resumes(dataset, model, monkeypatch, capsys):
     made = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in dataset.glob("masks/*/*.png")}
     monkeypatch.setattr(rembg, "remove", remove)
     code, out, _ = run(capsys, "--dataset", dataset)
-    assert code == 0 and "6 images: 3 skipped, 3 new" in out
+    assert code == 0 and re.search("6 images: 3 (present|new), 3 (present|new)\n", out)
+    assert sorted(state for state, *_ in table(dataset).values()) == ["new"] * 3 + ["present"] * 3
     for path, content_and_time in made.items():
         assert (path.read_bytes(), path.stat().st_mtime_ns) == content_and_time
     (model / "u2net.onnx").unlink()  # with nothing to do, no model is needed
-    assert run(capsys, "--dataset", dataset, "--verify")[:2] == (0, "6 images: 6 present\n")
-    assert run(capsys, "--dataset", dataset)[:2] == (0, "6 images: 6 skipped\n")
+    assert run(capsys, "--dataset", dataset, "--verify")[:2] == (0, everything_is_present(dataset))
+    monkeypatch.setattr(masks, "verify", None)  # and nothing is judged again
+    code, out, _ = run(capsys, "--dataset", dataset)
+    assert code == 0 and "6 images: all have a mask" in out
+    code, out, _ = run(capsys, "--dataset", dataset, "--shard", "2/3")
+    assert code == 0 and "2 images: all have a mask" in out
+
+
+def everything_is_present(dataset):
+    return f"6 images: 6 present\n{dataset / 'masks.csv'}: the state of every mask\n"
+
+
+def test_masks_that_existed_are_judged_too(dataset, capsys):
+    """Also if a run makes none, unless it has a table of them."""
+    for photo in sorted((dataset / "images").rglob("*.png")):
+        bgbias.write(bgbias.mask_path(dataset, photo), Image.new("L", (40, 24)).save)
+    code, out, _ = run(capsys, "--dataset", dataset)
+    assert code == 0 and "6 images: 6 present\nsuspicious: 6\n" in out and len(table(dataset)) == 6
 
 
 def test_failed_images_are_listed_and_the_others_continue(dataset, capsys):
@@ -170,12 +199,13 @@ def test_failed_images_are_listed_and_the_others_continue(dataset, capsys):
     text.write_text("no image")
     cut.write_bytes(cut.read_bytes()[:50])
     code, out, err = run(capsys, "--dataset", dataset)
-    _, first, *listed = out.splitlines()
+    _, first, title, *listed, _ = out.splitlines()
     assert code == 1 and "Traceback" not in err
-    assert first == "6 images: 4 new, 2 failed"
+    assert (first, title) == ("6 images: 4 new, 2 failed", "failed: 2")
     for path, line in zip((text, cut), listed, strict=True):
-        assert line.startswith(f"  failed: {path}: ")
+        assert line.startswith(f"  {path}: ") and not line.startswith(f"  {path}: {path}")
     assert files(dataset / "masks") == ["a/0.png", "b/2.png", "b/3.png", "c/5.png"]
+    assert table(dataset)["images/a/1.png"] == table(dataset)["images/c/4.png"] == ("failed", "", "")
 
 
 def test_shards_share_the_images(dataset, capsys):
@@ -184,6 +214,47 @@ def test_shards_share_the_images(dataset, capsys):
         assert run(capsys, "--dataset", dataset, "--shard", f"{i}/4")[0] == 0
         made.append([name for name in files(dataset / "masks") if name not in sum(made, [])])
     assert made == [["a/0.png", "c/4.png"], ["a/1.png", "c/5.png"], ["b/2.png"], ["b/3.png"]]
+
+
+    assert not (dataset / "masks.csv").exists(), "a job knows only its own images"
+
+
+def test_photos_that_share_a_mask_are_all_listed(dataset, capsys):
+    for path in ("a/0", "c/4"):
+        shutil.copy(dataset / f"images/{path}.png", dataset / f"images/{path}.webp")
+    code, out, _ = run(capsys, "--dataset", dataset)
+    assert code == 1 and "8 images: 4 shared, 4 new\nshared: 4\n" in out
+    for path in ("a/0.png", "a/0.webp", "c/4.png", "c/4.webp"):
+        assert f"  {dataset / 'images' / path}: " in out and table(dataset)[f"images/{path}"][0] == "shared"
+    assert files(dataset / "masks") == ["a/1.png", "b/2.png", "b/3.png", "c/5.png"]
+
+
+def test_masks_under_other_names_are_counted(dataset, capsys):
+    (dataset / "masks/a").mkdir(parents=True)
+    (dataset / "masks/a/0_mask.png").touch()
+    out = run(capsys, "--dataset", dataset)[1]
+    assert out.startswith(f"{dataset}/masks has 1 files that fit no photo, such as {dataset}/masks/a/0_mask.png\n")
+
+
+@pytest.mark.parametrize("bytes_of_name", [246, 255])
+def test_names_as_long_as_the_system_allows(dataset, capsys, bytes_of_name):
+    name = (bytes_of_name - 4) // 2 * "é" + (bytes_of_name - 4) % 2 * "e"
+    (dataset / "images/a/0.png").rename(dataset / f"images/a/{name}.png")
+    assert run(capsys, "--dataset", dataset)[0] == 0
+    assert len(files(dataset / "masks")) == 6 and f"a/{name}.png" in files(dataset / "masks")
+
+
+def test_what_cannot_be_written_is_one_line(dataset, capsys):
+    """The folder for the masks, or only the table."""
+    (dataset / "masks").touch()
+    code, _, err = run(capsys, "--dataset", dataset)
+    line = err.splitlines()[-1]  # after the progress bar
+    assert code == 2 and line.startswith(f"error: {dataset}/masks/a/0.png: cannot be written (Not a directory); ")
+    assert "Traceback" not in err
+    (dataset / "masks").unlink()
+    (dataset / "masks.csv").mkdir()
+    code, out, err = run(capsys, "--dataset", dataset)
+    assert code == 0 and out.endswith(f"{dataset}/masks.csv: not written (Is a directory)\n") and "Trace" not in err
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4"])
@@ -206,13 +277,31 @@ def test_suspicious_masks_are_listed_by_path(dataset, capsys):
     paint(dataset / "images/b/3.png", 255, 0)
     ramp = np.linspace(0, 255, 40).astype(np.uint8)  # half of it is foreground, most of it grey
     Image.fromarray(np.tile(ramp, (24, 1))).save(dataset / "images/c/4.png")
-    expected = (f"  suspicious: {dataset / 'masks/a/0.png'}: 0.4% foreground\n"
-                f"  suspicious: {dataset / 'masks/b/3.png'}: 99.6% foreground\n"
-                f"  suspicious: {dataset / 'masks/c/4.png'}: 50.0% foreground, fuzzy\n")
+    expected = (f"suspicious: 3\n"
+                f"  {dataset / 'masks/a/0.png'}: nearly empty (0.4% foreground, 0% grey)\n"
+                f"  {dataset / 'masks/b/3.png'}: nearly full (99.6% foreground, 0% grey)\n"
+                f"  {dataset / 'masks/c/4.png'}: fuzzy (50.0% foreground, 80% grey)\n"
+                f"{dataset / 'masks.csv'}: the state of every mask\n")
     code, out, _ = run(capsys, "--dataset", dataset)
-    assert code == 0 and out.endswith("6 images: 3 suspicious, 3 new\n" + expected)
+    assert code == 0 and out.endswith("6 images: 6 new\n" + expected)
     code, out, _ = run(capsys, "--dataset", dataset, "--verify")
-    assert (code, out) == (0, "6 images: 3 suspicious, 3 present\n" + expected)
+    assert (code, out) == (0, "6 images: 6 present\n" + expected)
+    rows = table(dataset)
+    assert [state for state, *_ in rows.values()] == [
+        "suspicious", "present", "present", "suspicious", "suspicious", "present"]
+    for photo, (_, foreground, grey) in rows.items():
+        mask = read(dataset / photo.replace("images", "masks"))
+        assert float(foreground) == pytest.approx((mask > 127).mean(), abs=1e-4)
+        assert float(grey) == pytest.approx(((mask > 25) & (mask < 230)).mean(), abs=1e-4)
+
+
+def test_many_suspicious_masks_do_not_flood_the_screen(dataset, capsys):
+    for i in range(25):
+        paint(dataset / f"images/b/{i + 10}.png", 0, 255)
+    out = run(capsys, "--dataset", dataset)[1]
+    assert "31 images: 31 new\nsuspicious: 25\n" in out and "  and 15 more\n" in out
+    assert out.count(": nearly empty (") == 10
+    assert [state for state, *_ in table(dataset).values()].count("suspicious") == 25
 
 
 def test_verify_finds_what_training_would_refuse(dataset, capsys):
@@ -227,17 +316,46 @@ def test_verify_finds_what_training_would_refuse(dataset, capsys):
     before = photo.read_bytes()
     photo.write_bytes(before[:50])
     code, out, _ = run(capsys, "--dataset", dataset, "--verify")
-    first, *lines = out.splitlines()
+    first, missing_title, missing_line, title, *lines, _ = out.splitlines()
     assert (code, first) == (1, "6 images: 5 wrong, 1 missing")
-    assert lines[0] == f"  missing: {missing}"
-    for path, line in zip((small, cutout, cut, blank, photo), lines[1:], strict=True):
-        assert line.startswith(f"  wrong: {path}: ")
+    assert (missing_title, missing_line, title) == ("missing: 1", f"  {missing}", "wrong: 5")
+    for path, line in zip((small, cutout, cut, blank, photo), lines, strict=True):
+        assert line.startswith(f"  {path}: ")
+    assert [state for state, *_ in table(dataset).values()] == ["missing"] + ["wrong"] * 5
     assert not missing.exists() and fine.exists(), "--verify makes and deletes nothing"
     photo.write_bytes(before)
     for path in (small, cutout, cut, blank):
         path.unlink()
-    assert "5 new, 1 skipped" in run(capsys, "--dataset", dataset)[1]
-    assert run(capsys, "--dataset", dataset, "--verify")[:2] == (0, "6 images: 6 present\n")
+    assert "5 new, 1 present" in run(capsys, "--dataset", dataset)[1]
+    assert run(capsys, "--dataset", dataset, "--verify")[:2] == (0, everything_is_present(dataset))
+
+
+def test_half_of_the_sheet_is_suspicious(tmp_path):
+    """Of many masks; of fewer, as many as there are. The reason and the end of the name are below each."""
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+
+    def outcomes(suspicious, ordinary):
+        image, mask = tmp_path / "a/p.jpg", tmp_path / "mask.png"
+        return ([masks.Outcome("new", image, mask, 0.5, 0.2)] * suspicious
+                + [masks.Outcome("present", image, mask, 0.5, 0.1)] * ordinary
+                + [masks.Outcome("failed", image, mask, error="?")] * 9)
+
+    for (suspicious, ordinary), expected in {(100, 100): (24, 24), (5, 100): (5, 43), (100, 3): (45, 3),
+                                             (20, 10): (20, 10)}.items():
+        entries = masks.half_suspicious(outcomes(suspicious, ordinary))
+        reasons = [reason for *_, reason in entries]
+        assert reasons == (["fuzzy, 50.0% foreground"] * expected[0] + ["ordinary, 50.0% foreground"] * expected[1])
+        assert {name for _, _, name, _ in entries} == {"a/p.jpg"}
+
+
+def test_the_sheet_shows_the_end_of_a_long_name(dataset, tmp_path):
+    """It is not the same for names that end in other ways, and the same for names that begin in other ways."""
+    def caption(name):
+        entry = dataset / "images/a/0.png", Image.new("L", (40, 24)), name, "fuzzy"
+        masks.contact_sheet([entry], tmp_path / "sheet.png")
+        return np.asarray(Image.open(tmp_path / "sheet.png")).tolist()
+
+    assert caption("x" * 200 + "1.jpg") == caption("y" * 60 + "x" * 140 + "1.jpg") != caption("x" * 200 + "2.jpg")
 
 
 def test_sheet_shows_photo_mask_and_cutout_suspicious_first(dataset, tmp_path, capsys):
@@ -246,9 +364,10 @@ def test_sheet_shows_photo_mask_and_cutout_suspicious_first(dataset, tmp_path, c
     sheet = tmp_path / "new/sheet.png"
     assert run(capsys, "--dataset", dataset, "--sheet", sheet)[0] == 0
     image = np.asarray(Image.open(sheet))
-    t, width, height = masks.THUMB, 3 * masks.THUMB + 16, masks.THUMB + 20  # of an entry
-    assert image.shape == (2 * height, 3 * width, 3)  # 6 photos, 3 a row
-    photo, mask, cut = (image[:100, k * t:][:, :100] for k in range(3))
+    t, width, height = masks.THUMB, 3 * masks.THUMB + 16, masks.THUMB + 34  # of an entry
+    assert image.shape == (16 + 2 * height, 3 * width, 3)  # 6 photos, 3 a row
+    assert all((image[:16, i * width + k * t:][:, :50] < 128).any() for i in range(3) for k in range(3))  # titles
+    photo, mask, cut = (image[16:116, k * t:][:, :100] for k in range(3))
     np.testing.assert_array_equal(photo, np.asarray(Image.open(dataset / "images/c/5.png")))
     np.testing.assert_array_equal(mask[..., 0], read(dataset / "masks/c/5.png"))
     expected = photo * (mask / 255) + np.array([255, 0, 255]) * (1 - mask / 255)
@@ -274,6 +393,16 @@ def test_a_model_that_cannot_be_downloaded(dataset, monkeypatch, capsys):
     line = err.splitlines()[-1]  # after rembg's own
     assert code == 2 and line.startswith("error: --model u2netp: ") and "u2netp.onnx" in line and "U2NET_HOME" in line
     assert not (dataset / "masks").exists()
+
+
+def test_without_a_home_folder_numba_needs_one(dataset, tmp_path, monkeypatch, failure):
+    """docker --user: `import rembg` ends with this error of numba."""
+    problem = "cannot cache function '_make_tree': no locator available for file 'pymatting/util/kdtree.py'"
+    (tmp_path / "rembg.py").write_text(f"raise RuntimeError({problem!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rembg", raising=False)
+    line = failure(["--dataset", dataset], masks.main)
+    assert line.startswith("error: rembg: ") and problem in line and "NUMBA_CACHE_DIR" in line
 
 
 # ---- Quality -------------------------------------------------------------------------------------
@@ -327,7 +456,7 @@ def test_check_prints_each_and_each_folder_and_shows_the_worst_first(by_hand, tm
     assert re.search(r"^cars +1 +(0\.9[5-9]|1\.0)", out, re.M)  # the edge is soft
     image, width = np.asarray(Image.open(tmp_path / "sheet.png")), 3 * masks.THUMB + 16
     for n, x in zip((5, 1, 4), (0, width, 2 * width)):  # IoU 2/5, then the two of 1/2
-        mask = image[:100, x + masks.THUMB:][:, :100, 0]
+        mask = image[16:116, x + masks.THUMB:][:, :100, 0]
         np.testing.assert_array_equal(mask, read(by_hand / f"birds/{n}_mask_pred.png"))
 
 

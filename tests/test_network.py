@@ -5,6 +5,10 @@ import functools
 import hashlib
 import io
 import math
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +282,14 @@ def test_normalise_by_hand(bninception):
     assert usual.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name, mean, std", [
+    ("efficientnet_v2_l", (127.5,) * 3, (127.5,) * 3),  # the only one of torchvision's 80 with another scaling
+    ("efficientnet_v2_m", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    ("smallconv", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))])
+def test_scaling_of_torchvision_networks(name, mean, std):
+    assert bgbias.input_scaling(name, None) == ([0, 1, 2], pytest.approx(mean), pytest.approx(std))
+
+
 @pytest.mark.parametrize("backbone, weights", [
     ("resnet19", "none"), ("fcn_resnet50", "none"), ("smallconv", "imagenet")])
 def test_an_unknown_backbone_is_named(backbone, weights):
@@ -285,11 +297,131 @@ def test_an_unknown_backbone_is_named(backbone, weights):
         Embedder(backbone, weights, 64)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("conv2_3x3.weight", None), ("conv2_3x3.bias", torch.zeros(7)), ("conv9.weight", torch.zeros(1))])
-def test_weights_that_do_not_fit_are_never_loaded_in_part(name, value, tmp_path):
+# ---- Files of weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, value, shapes", [
+    ("conv2_3x3.weight", None, "(in the file: missing, in the network: [192, 64, 3, 3])"),
+    ("conv2_3x3.bias", torch.zeros(7), "(in the file: [7], in the network: [192])"),
+    ("conv9.weight", torch.zeros(1), "(in the file: [1], in the network: missing)")])
+def test_weights_that_do_not_fit_are_never_loaded_in_part(name, value, shapes, tmp_path):
     """One tensor is missing, has another shape, or is one too many."""
     state = public_state() | {name: value}
     torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "w.pth")
-    with pytest.raises(RuntimeError, match=name):
+    with pytest.raises(UserError, match=re.escape(f"--weights {tmp_path}/w.pth: {name} does not fit {shapes}")):
         Embedder("bninception", str(tmp_path / "w.pth"), 64)
+    network = loaded()
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    with pytest.raises(UserError, match=name):
+        bgbias.fit_weights(network, bgbias.read_weights(tmp_path / "w.pth")[0], ("last_linear",), "w")
+    assert not any(parameter.any() for parameter in network.parameters())
+
+
+def renamed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+FORMS = {
+    "as it is": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state, "optimizer": {}},
+    "DataParallel": lambda state: renamed(state, "module."),
+    "compiled": lambda state: {"state_dict": renamed(state, "_orig_mod.")},
+    "compiled DataParallel": lambda state: renamed(state, "module._orig_mod."),
+    "another classifier": lambda state: state | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)},
+    "a deeper classifier": lambda state: state | {"fc.0.weight": torch.zeros(9, 512), "fc.3.bias": torch.zeros(7)},
+    "no classifier": lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
+    "half precision": lambda state: {name: value.half() for name, value in state.items()}}
+
+
+@functools.cache
+def resnet_state():
+    return torchvision_network("resnet18").state_dict()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_that_people_have(form, tmp_path):
+    torch.save(FORMS[form](resnet_state()), tmp_path / "w.pth")
+    torch.manual_seed(99)
+    state = bgbias.build_backbone("resnet18", str(tmp_path / "w.pth")).state_dict()
+    assert state.keys() == {name for name in resnet_state() if not name.startswith("fc.")}
+    for name, value in state.items():
+        expected = resnet_state()[name].half().float() if form == "half precision" else resnet_state()[name]
+        assert torch.equal(value, expected)
+
+
+def test_a_file_without_the_versions_of_its_modules(tmp_path):
+    """MNASNet's own load_state_dict() refuses such a state dict."""
+    expected = torchvision_network("mnasnet0_5").state_dict()
+    torch.save(dict(expected), tmp_path / "w.pth")
+    state = bgbias.build_backbone("mnasnet0_5", str(tmp_path / "w.pth")).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_a_network_whose_own_names_begin_with_module():
+    network = torch.nn.ModuleDict({"module": torch.nn.Linear(2, 3)})
+    state = {"module.weight": torch.ones(3, 2), "module.bias": torch.ones(3)}
+    bgbias.fit_weights(network, state, (), "w")
+    assert network["module"].weight.eq(1).all() and network["module"].bias.eq(1).all()
+
+
+def test_safetensors_if_installed(tmp_path, monkeypatch):
+    file = tmp_path / "w.safetensors"
+    torch.save(resnet_state(), file)  # the package is no requirement, so the test brings a stand-in
+    package = types.ModuleType("safetensors.torch")
+    package.load_file = lambda path: torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    state = bgbias.build_backbone("resnet18", str(file)).state_dict()
+    assert torch.equal(state["conv1.weight"], resnet_state()["conv1.weight"])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # so that the import fails
+    with pytest.raises(UserError, match=f"--weights {file}: .*pip install safetensors"):
+        bgbias.build_backbone("resnet18", str(file))
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no such file"), (b"version https://git-lfs", "not a file of weights"), (b"", "not a file of weights"),
+    (torch.nn.Linear(1, 1), "not a file of weights"), ([torch.zeros(1)], "no state dict"),
+    ({"epoch": 3}, "no state dict"), ({"state_dict": {"epoch": 3}}, "no state dict")])
+def test_error_a_file_without_weights(tmp_path, content, words):
+    file = tmp_path / "w.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(UserError, match=f"--weights {file}: .*{words}.*; ") as error:
+        bgbias.build_backbone("smallconv", str(file))
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---- The size of the crops -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, dataset, size", [
+    ("resnet18", "cub200", 224), ("inception_v3", "my_photos", 299), ("vit_b_16", "sop", 224),
+    ("swin_v2_t", "cars196", 256), ("bninception", "cub200", 227), ("smallconv", "cub200", 227), ("a:net", "sop", 227),
+    ("smallconv", "toy", 48), ("bninception", "toy", 48), ("resnet18", "toy", 48), ("alexnet", "toy", 63),
+    ("vit_b_16", "toy", 224), ("a:net", "toy", 48)])
+def test_size_without_a_flag(name, dataset, size):
+    assert bgbias.default_image_size(name, dataset) == size
+    for weights in ("none", "imagenet", "w.pth"):
+        args = bgbias.parse_args(["--dataset", dataset, "--backbone", name, "--weights", weights])
+        assert args.image_size == size and "image_size" not in args.settings
+    args = bgbias.parse_args(["--dataset", dataset, "--backbone", name, "--image-size", "100"])
+    assert args.image_size == 100 and args.settings["image_size"] == 100
+
+
+@pytest.mark.parametrize("name, size, right", [("inception_v3", 32, 299), ("vit_b_32", 64, 224)])
+def test_error_a_size_that_a_network_cannot_take(name, size, right):
+    with pytest.raises(UserError, match=f"--image-size {size}: {name} .*--image-size {right}$"):
+        Embedder(name, "none", size)
+
+
+@pytest.mark.parametrize("name, size", [("inception_v3", 75), ("googlenet", 32)])
+def test_auxiliary_classifiers_are_removed(name, size):
+    """They fail below 299 and 224 px in training mode; and no parameter is left without a gradient."""
+    model = Embedder(name, "none", size, 8).train()
+    model(torch.randn(2, 3, size, size))[:, :4].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not [key for key in model.state_dict() if "aux" in key.lower()]

@@ -1,13 +1,11 @@
 """Batches of m images of each of their classes: each batch, and all of them in the long run."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import bgbias
-from bgbias import CLASS_WEIGHTS, LOSSES, MPerClassSampler, UserError
+from bgbias import IMAGES_PER_CLASS, MPerClassSampler, UserError, make_sampler
 
 SIZES = [1, 3, 4, 5, 9, 9, 20, 20, 20, 30]  # photos per class: some have fewer than m
 LABELS = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(SIZES)) + 2, SIZES))
@@ -60,37 +58,36 @@ def test_too_few_classes_are_an_error():
         MPerClassSampler(LABELS, 4, 44).batch(0)
 
 
-def batches_of(monkeypatch, loss, batch_size, classes):
-    """(classes, m) of the batches that train() asks for."""
-    asked = []
-
-    def stop(labels, m, size):
-        asked.append((size // m, m))
-        assert size == asked[0][0] * m and np.array_equal(labels, np.arange(classes))
-        raise StopIteration
-
-    monkeypatch.setattr(bgbias, "MPerClassSampler", stop)
-    splits = {"train": bgbias.Split([], [], np.arange(classes))}
-    args = SimpleNamespace(loss=loss, batch_size=batch_size)
-    with pytest.raises(StopIteration):
-        bgbias.train(args, splits, SimpleNamespace(network=None), run=None)
-    return asked[0]
+def batches_of(loss, batch_size, classes):
+    """(classes, m) of the batches of a loss, for `classes` classes of 40 photos each."""
+    labels = np.repeat(np.arange(classes), 40)
+    sampler = make_sampler(labels, loss, batch_size)
+    rows = np.reshape(sampler.batch(0), (-1, sampler.m))
+    assert type(sampler) is MPerClassSampler and rows.size == sampler.batch_size <= batch_size
+    assert len(np.unique(labels[rows])) == len(rows) and (labels[rows] == labels[rows[:, :1]]).all()
+    return rows.shape
 
 
-def test_batches_of_the_paper(monkeypatch):
+PAPER = {"contrastive": (8, 4), "triplet": (8, 4), "multi_similarity": (8, 4), "arcface": (32, 1),
+         "normalized_softmax": (32, 1)}
+
+
+@pytest.mark.parametrize("loss", IMAGES_PER_CLASS)
+def test_batches_of_the_paper(loss):
     """Batches of 32: 8 classes x 4 images for pair losses, 32 x 1 for classification losses."""
-    for loss in LOSSES:
-        assert batches_of(monkeypatch, loss, 32, 74) == ((32, 1) if loss in CLASS_WEIGHTS else (8, 4))
+    m = IMAGES_PER_CLASS[loss]
+    assert batches_of(loss, 32, 74) == PAPER.get(loss, (32 // m, m))
 
 
 @pytest.mark.parametrize("loss, batch_size, classes, expected", [
     ("triplet", 32, 8, (8, 4)), ("triplet", 32, 7, (7, 4)), ("triplet", 32, 3, (3, 10)), ("triplet", 30, 99, (7, 4)),
     ("triplet", 8, 99, (2, 4)), ("arcface", 32, 31, (31, 1)), ("arcface", 32, 10, (10, 3)), ("arcface", 2, 9, (2, 1))])
-def test_with_few_classes_there_are_more_images_of_each(monkeypatch, loss, batch_size, classes, expected):
-    assert batches_of(monkeypatch, loss, batch_size, classes) == expected
+def test_with_few_classes_there_are_more_images_of_each(loss, batch_size, classes, expected):
+    assert batches_of(loss, batch_size, classes) == expected
 
 
-@pytest.mark.parametrize("loss, batch_size", [("triplet", 7), ("arcface", 1)])
-def test_a_batch_too_small_for_two_classes_is_refused(monkeypatch, loss, batch_size):
+@pytest.mark.parametrize("loss, batch_size, classes", [
+    ("triplet", 7, 50), ("arcface", 1, 50), ("triplet", 32, 1), ("arcface", 32, 1)])
+def test_a_batch_without_two_classes_is_refused(loss, batch_size, classes):
     with pytest.raises(UserError, match=f"^--batch-size {batch_size}: "):
-        batches_of(monkeypatch, loss, batch_size, 50)
+        batches_of(loss, batch_size, classes)
