@@ -40,7 +40,7 @@ def test_base_relies_on_the_background(results):
     assert np.mean(base["clean"]) - np.mean(base["replaced"]) > 20
     assert np.mean(base["clean"]) - np.mean(base["any_class"]) > 20  # also without any foreign background
     assert np.mean(base["background_only"]) > 30
-    assert np.mean(base["fooled"]) > 10 + np.mean(base["confused"])  # by the query's own background
+    assert np.mean(base["fooled"]) > 5 + np.mean(base["confused"])  # by the query's own background
 
 
 def test_bgaugment_reduces_the_bias(results):
