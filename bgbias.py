@@ -366,8 +366,8 @@ class Embedder(nn.Module):
         self.backbone = build_backbone(backbone, weights)
         order, mean, std = input_scaling(backbone, self.backbone)
         self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("mean", torch.as_tensor(mean).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
         self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
@@ -1539,7 +1539,8 @@ def default_weights(name):
 
 def default_image_size(name, dataset):
     """The side of the crops without --image-size. A torchvision network has its own, whatever its
-    weights are; on toy, whose photos are small, it has no more than it needs."""
+    weights are. Toy's photos are small, so on toy it is 48, or the smallest that the network takes
+    if that is larger."""
     size = (TOY_DEFAULTS if dataset == "toy" else DEFAULTS)["image_size"]
     if name not in TORCHVISION:
         return size
@@ -1686,6 +1687,7 @@ def fit_weights(network, state, removed, weights):
 
 
 def shape_of(name, state):
+    """The shape of an entry of a state dict as a list, or the word missing."""
     return list(getattr(state[name], "shape", ())) if name in state else "missing"
 
 
