@@ -21,6 +21,7 @@ Sections in parentheses are the paper's. DIFF marks a difference from the author
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import inspect
 import itertools
@@ -66,33 +67,32 @@ SPLITS = {
 POOL_SIZE = 100  # background photos for training and validation, and as many others for the test
 
 # Settings of all runs of the paper (Section 4).
-DEFAULTS = dict(epochs=1000, iterations=100, lr=1e-6, image_size=227, backbone="bninception",
-                weights="imagenet")
-# The toy set is small, and its network starts from random weights.
-TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, image_size=48, backbone="smallconv",
-                    weights="none")
+DEFAULTS = dict(epochs=1000, iterations=100, patience=15, batch_size=32, lr=1e-6,
+                backbone="bninception", weights="imagenet", embedding=128, image_size=227)
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
-EMBEDDING = 128  # dimensions of an embedding
+# The toy set is small, and its network starts from random weights.
+TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, backbone="smallconv", weights="none",
+                    image_size=48)
 
-# A photo is resized before it is cropped. BN-Inception's short side of 256 px and crop of 227 px
-# become this ratio, so that other crop sizes see the same part of a photo.
+# The paper resizes the short side of a photo to 256 px and crops 227 px. We keep this ratio at
+# other crop sizes, so that they see the same part of a photo.
 RESIZE = 256 / 227
-# The training transform: a random crop of this share of the photo's area, of this aspect ratio,
-# mirrored with this probability. The test crops the centre.
+# The training transform (Section 4) is a random crop of this share of the photo's area, of this
+# aspect ratio, mirrored with this probability. The test crops the centre.
 CROP_SCALE = (0.16, 1.0)
 CROP_RATIO = (0.75, 1.33)
 FLIP = 0.5
 
-# Results on random backgrounds are means over this number of draws for each test photo.
+# A result on random backgrounds is the mean of this number of draws for each photo (Section 4.3).
 DRAWS = 5
 # The K of Recall@K. Classes of SOP have five photos on average, so larger K say more about them.
 RECALL_AT = {"sop": (1, 10, 100, 1000)}
 RECALL_AT_DEFAULT = (1, 2, 4, 8)
 EVAL_BATCH = 32  # photos per batch in validation and test; the size does not change the results
 
-# No random number depends on those drawn before it. Each use has a number, and its generator is
-# seeded with the run's seed, this number, and the number of the batch or photo. So a resumed run
-# needs no saved random state.
+# Each photo, batch and step has a seed of its own, so nothing depends on earlier batches, and a
+# resumed run needs no saved random state. The seed is made of the run's seed, the number of its use
+# below, and the numbers of the batch and the photo.
 INIT_SEED = 0  # the initial weights
 TRAIN_SEED = 1  # training batches
 VAL_SEED = 2  # backgrounds of the validation
@@ -113,7 +113,8 @@ HPARAMS = {
         "normalized_softmax": dict(temperature=0.08863250090946041, lr_loss=0.011046164985524668),
     },
     "cub200": {
-        # The negative pos_margin is correct: the mean is then over all positive pairs.
+        # The negative pos_margin is correct. d - pos_margin is then positive for every pair, so the
+        # loss averages over all positive pairs.
         "contrastive": dict(pos_margin=-0.19999999999999726, neg_margin=0.3841191369511769),
         "triplet": dict(margin=0.09610074859813894),
         "multi_similarity": dict(alpha=0.010000000000000505, beta=50.601773762279336,
@@ -155,18 +156,20 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-# Which background does a photo get? draw_background(), draw_lender() and draw_lenders() decide it.
-# A photo that gives its background to another photo is its lender.
+# Which background does a photo get? The next functions decide it. TrainingBatches and
+# EvaluationBatches (Part II) call them, and train() and replaced_views() paste. A photo whose
+# background another photo gets is the lender.
 
 
 def draw_background(pool):
-    """The paper's way, in training and test: a random photo of the pool, (3, H, W)."""
+    """The paper's way, in training and test: a random photo of the pool, (3, H, W). Photos may
+    draw the same one."""
     return pool[int(torch.randint(len(pool), ()))]
 
 
-def draw_lender(labels, k):
-    """BGAugment with own backgrounds: the lender of photo k of a training batch is a random photo
-    of another class. (B,) labels -> an index. A batch has at least two classes."""
+def draw_training_lender(labels, k):
+    """BGAugment without a pool: the lender of photo k of a training batch is a random photo of
+    another class in this batch. (B,) labels -> an index. A batch has at least two classes."""
     candidates = (labels != labels[k]).nonzero()[:, 0]
     return int(candidates[torch.randint(len(candidates), ())])
 
@@ -179,15 +182,17 @@ def split_by_group(groups):
     return np.split(order, starts[1:])
 
 
-def draw_lenders(groups, seed, draws=DRAWS):
+def draw_test_lenders(groups, seed, draws=DRAWS):
     """The test on backgrounds of other test photos: (N,) groups -> (draws, N) indices. In draw k,
     photo i stands in front of the background of photo lenders[k, i] of its own group.
 
     The photos of a group form a random cycle, such as c a d b. In draw 0, each of them borrows from
     the one before it: a from c, d from a, b from d, c from b; in draw 1 from the second one before
     it, and so on. So a photo lends its background exactly once in each draw, and never to itself.
-    Two photos with the same background would find each other by it. A photo alone in its group
-    keeps its own background. There are fewer draws if no group has enough photos for all."""
+    This matters, because two photos with the same background would find each other by it.
+
+    A photo alone in its group keeps its own background. A group with fewer other photos than draws
+    repeats them. If that is so for all groups, there are fewer draws."""
     rng = np.random.default_rng(seed)
     cycles = [rng.permutation(members) for members in split_by_group(groups)]
     largest = max(map(len, cycles))
@@ -207,7 +212,7 @@ MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background ha
 # S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
 BLURS = (4, 10, 24, 64)
 # A blur counts fully where at least a tenth of what it sees is background. With less, its colour
-# would come from a few distant pixels, so the wider blurs keep their part.
+# would come from a few distant pixels, so the result of the wider blur is mixed in.
 SEEN_ENOUGH = 0.1
 # A pixel is background if its mask, and those of all pixels around it, are below a tenth: soft
 # masks end in a faint margin, which still shows the object.
@@ -251,8 +256,8 @@ class MPerClassSampler:
         rng = np.random.default_rng(seed)
         indices = []
         for c in rng.choice(len(self.classes), self.batch_size // self.m, replace=False):
-            images = self.classes[c]
-            indices += rng.choice(images, self.m, replace=len(images) < self.m).tolist()
+            members = self.classes[c]
+            indices += rng.choice(members, self.m, replace=len(members) < self.m).tolist()
         return indices
 
 
@@ -262,7 +267,8 @@ def make_sampler(labels, loss, batch_size):
     # DIFF: if there are too few classes for a batch, it holds all, with as many images each as fit.
     classes = min(batch_size // IMAGES_PER_CLASS[loss], len(np.unique(labels)))
     if classes < 2:
-        raise UserError(f"--batch-size {batch_size}: too small for two classes; give more")
+        raise UserError(f"--batch-size {batch_size}: too small for two classes; give at least "
+                        f"{2 * IMAGES_PER_CLASS[loss]}")
     m = batch_size // classes
     return MPerClassSampler(labels, m, m * classes)
 
@@ -300,20 +306,22 @@ def unit(network, name, width, out, kernel, stride=1):
     return nn.Sequential(layer, norm, nn.ReLU())
 
 
-def block(network, name, width, single, triple, double, pool, projection):
-    """The branches of a block, whose outputs are concatenated; see BLOCKS. `triple` and `double`
-    hold the output channels of each convolution of their branch."""
-    stride, padding = (1, 1) if single else (2, 0)
+def block(network, name, width, out_1x1, outs_3x3, outs_double, pool, projection):
+    """The branches of a block, whose outputs are concatenated; see BLOCKS. `outs_3x3` and
+    `outs_double` hold the output channels of each convolution of their branch."""
+    stride, padding = (1, 1) if out_1x1 else (2, 0)
     branches = []
-    if single:
-        branches.append(unit(network, f"{name}_1x1", width, single, 1))
+    if out_1x1:
+        branches.append(unit(network, f"{name}_1x1", width, out_1x1, 1))
+    reduce, out = outs_3x3
     branches.append(nn.Sequential(
-        unit(network, f"{name}_3x3_reduce", width, triple[0], 1),
-        unit(network, f"{name}_3x3", triple[0], triple[1], 3, stride)))
+        unit(network, f"{name}_3x3_reduce", width, reduce, 1),
+        unit(network, f"{name}_3x3", reduce, out, 3, stride)))
+    reduce, middle, out = outs_double
     branches.append(nn.Sequential(
-        unit(network, f"{name}_double_3x3_reduce", width, double[0], 1),
-        unit(network, f"{name}_double_3x3_1", double[0], double[1], 3),
-        unit(network, f"{name}_double_3x3_2", double[1], double[2], 3, stride)))
+        unit(network, f"{name}_double_3x3_reduce", width, reduce, 1),
+        unit(network, f"{name}_double_3x3_1", reduce, middle, 3),
+        unit(network, f"{name}_double_3x3_2", middle, out, 3, stride)))
     branches.append(nn.Sequential(pool(3, stride, padding, ceil_mode=True)))
     if projection:
         branches[-1].append(unit(network, f"{name}_pool_proj", width, projection, 1))
@@ -353,7 +361,7 @@ class Embedder(nn.Module):
     (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
     for a backbone that is unknown or does not give (B, features)."""
 
-    def __init__(self, backbone, weights, size, embedding=EMBEDDING):
+    def __init__(self, backbone, weights, size, embedding=128):
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
         order, mean, std = input_scaling(backbone, self.backbone)
@@ -363,7 +371,7 @@ class Embedder(nn.Module):
         self.features = count_features(backbone, self.eval(), size)
         self.width = embedding or self.features
         self.head = nn.Linear(self.features, embedding) if embedding else nn.Identity()
-        load_head(self.head, weights)
+        load_head(self.head, weights)  # only from a run's best.pt
         self.to(memory_format=torch.channels_last)  # faster, on a CPU too
 
     def normalise(self, images):
@@ -376,7 +384,8 @@ class Embedder(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        # BatchNorm keeps ImageNet's statistics. Only its affine weights are trained.
+        # BatchNorm keeps its running statistics, which are ImageNet's with ImageNet weights. Only
+        # its affine weights are trained.
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -385,10 +394,10 @@ class Embedder(nn.Module):
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
 
-# Every loss is a function of embeddings (B, D) of unit length, labels (B,) and, if it has any,
-# class weights (C, D): one vector per training class, also called proxies. Pair losses ignore
-# `weight`. The keyword arguments are hyper-parameters; HPARAMS overrides their defaults. A loss
-# that takes `lr_loss` gets class weights: it is their learning rate, which only the optimiser uses.
+# Every loss is a function of embeddings (B, D) of unit length, labels (B,) and class weights, also
+# called proxies: one vector per training class (C, D). Pair losses ignore `weight`. The keyword
+# arguments are hyper-parameters; HPARAMS overrides their defaults. `lr_loss` is the learning rate
+# of the class weights, which only the optimiser uses. A loss that takes it gets class weights.
 # [x]+ is max(x, 0), and mean+ is the mean over the terms above 0.
 
 
@@ -407,6 +416,12 @@ def mean_above_zero(terms, chosen):
 def distances(embeddings):
     """(B, D) -> (B, B) Euclidean, with gradient 0 (not infinity) between equal embeddings."""
     return torch.linalg.vector_norm(embeddings[:, None] - embeddings, dim=2)
+
+
+def log1p_sum_exp(terms, chosen):
+    """log(1 + the sum of exp over the chosen terms of each row): (rows, terms) -> (rows,)"""
+    # It is the logsumexp of the terms and a 0.
+    return F.pad(terms.masked_fill(~chosen, -math.inf), (1, 0)).logsumexp(dim=1)
 
 
 def contrastive(embeddings, labels, weight=None, *, pos_margin=0.0, neg_margin=0.5):
@@ -429,10 +444,6 @@ def multi_similarity(embeddings, labels, weight=None, *, alpha=2.0, beta=50.0, b
              + log(1 + sum_n exp(beta (s_an - base))) / beta]  (Wang et al. 2019, without miner)"""
     s = embeddings @ embeddings.T
     pos, neg = pairs(labels)
-
-    def log1p_sum_exp(terms, chosen):  # log(1 + sum exp x) is the logsumexp of x and a 0
-        return F.pad(terms.masked_fill(~chosen, -math.inf), (1, 0)).logsumexp(dim=1)
-
     attract = log1p_sum_exp(alpha * (base - s), pos) / alpha
     repel = log1p_sum_exp(beta * (s - base), neg) / beta
     return (attract + repel).mean()
@@ -440,7 +451,8 @@ def multi_similarity(embeddings, labels, weight=None, *, alpha=2.0, beta=50.0, b
 
 def arcface(embeddings, labels, weight, *, margin=20.0, scale=50.0, lr_loss=0.01):
     """cross-entropy of scale cos(theta_c); for the image's own class, scale cos(theta_c + margin)
-    (Deng et al. 2019; unlike later versions, also where theta + margin exceeds 180 degrees)"""
+    (Deng et al. 2019). The margin is added at every angle; later versions use another formula where
+    theta + margin exceeds 180 degrees."""
     cosines = embeddings @ F.normalize(weight, dim=1).T  # (B, C)
     theta = cosines.clamp(-1 + 1e-7, 1 - 1e-7).acos()
     own_class = F.one_hot(labels, len(weight)).bool()
@@ -455,7 +467,8 @@ def normalized_softmax(embeddings, labels, weight, *, temperature=0.1, lr_loss=0
 
 
 def euclidean(embeddings, others):
-    """Distance of each row to the same row, or to the only row: (B, D), (B or 1, D) -> (B,)."""
+    """Distance of each row to the same row of `others`, or to its only row: (B, D), (B or 1, D) ->
+    (B,). This distance and the next one are those of the attention score (paper, Section 5)."""
     return torch.linalg.vector_norm(embeddings - others, dim=1)
 
 
@@ -465,7 +478,7 @@ def cosine(embeddings, others):
 
 
 # A new loss needs its function and a row here: the function, the distance that the attention score
-# uses (Section 5), and the number of images per class in a batch.
+# uses, and the number of images per class in a batch: 4 for losses of pairs, 1 for classification.
 LOSS_TABLE = [
     (contrastive, euclidean, 4),
     (triplet, euclidean, 4),
@@ -503,11 +516,11 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
         the same distance.
     (B) All metrics follow from these ranks (Section 4.3): MAP@R = sum_i [rank_i <= R] i / rank_i /
         R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
-    (C) A right item with R or more wrong items before it has a rank above R and counts nothing. So
+    (C) A right item with R or more wrong items before it has a rank above R and adds nothing. So
         the R nearest wrong items are enough, except for Recall@K, whose K may exceed R."""
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
-    # Equal embeddings therefore score (nearly) 0 in MAP@R, whatever the order of the files.
+    # So equal embeddings score 0 in MAP@R if there are enough wrong items, in any order of files.
     embeddings = torch.as_tensor(embeddings)
     device, count = embeddings.device, len(embeddings)
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
@@ -539,6 +552,7 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
 
     names = ["map@r", "r_precision", *(f"recall@{k}" for k in ks)]
     values = {name: torch.full((count,), torch.nan, device=device) for name in names}
+    # One class size at a time, so that the right items of Q queries form a rectangle (Q, n - 1).
     for n in sizes[sizes > 1].unique().tolist():
         i = torch.arange(1, n, device=device)  # numbers the right items
         for q in (size == n).nonzero()[:, 0].split(max(1, 2**24 // count)):  # (Q,) queries
@@ -546,10 +560,10 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
             of_class = first[q, None] + torch.arange(n, device=device)  # (Q, n)
             right = near.gather(1, of_class).sort(descending=True).values[:, :n - 1].contiguous()
             wrong = near.scatter_(1, of_class, -math.inf)
-            nearest_wrong = wrong.topk(n - 1).values
-            # A right item that is left out is at -inf, behind all wrong items: its rank exceeds R.
+            nearest_wrong = wrong.topk(n - 1).values  # (C)
+            # (A) A right item that is left out is at -inf, so its rank exceeds R.
             ranks = i + torch.searchsorted(-nearest_wrong, -right, right=True)  # (Q, n - 1)
-            found = ranks <= R[q, None]
+            found = ranks <= R[q, None]  # (B)
             first_rank = 1 + (wrong >= right[:, :1]).sum(dim=1)
             values["map@r"][order[q]] = (found * i / ranks).sum(dim=1) / R[q]  # 0 / 0 is nan
             values["r_precision"][order[q]] = found.sum(dim=1) / R[q]
@@ -584,30 +598,32 @@ def mean_metrics(values):
 
 @torch.no_grad()
 def fooled_and_confused(clean, any_class, labels, lenders):
-    """How often is another object, in front of the query's own background, nearer to the query than
-    the right object elsewhere? clean (N, D): the photos. any_class (draws, N, D): the same objects
-    in front of the backgrounds of the photos lenders (draws, N). -> two tensors (draws, N), from 0
-    to 1; nan where a query is left out.
+    """A wrong object in front of the query's own background, and a right object in front of another
+    background: how often is the wrong one nearer to the query? clean (N, D): the photos. any_class
+    (draws, N, D): the same objects in front of the backgrounds of the photos lenders (draws, N).
+    -> two tensors (draws, N), from 0 to 1; nan where a query is left out.
 
-    In each draw, one photo r stands in front of the query's background. It is an impostor if its
-    class is another one; if not, the query is left out of this draw.
+    In each draw, one photo stands in front of the query's background. If its class is another one,
+    it is the impostor. If not, the query is left out of this draw.
     fooled:   the share of the query's right photos, as they stand in this draw, that are farther
-              from the query than r. Ties count half. 0.5: a constant network; 1: only the
-              background counts.
-    confused: the same with r as it stands in the next draw, in front of a background that is not
-              the query's. A network that sees only objects, badly, is fooled and confused alike.
-    The question is that of Geirhos et al. (2019), who set shape against texture."""
+              from the query than the impostor. Ties count half. 0: only the object counts. 1: only
+              the background counts. 0.5: a constant network.
+    confused: the same with the impostor as it stands in the next draw, in front of a background
+              that is not the query's. A network that sees only objects, badly, is fooled and
+              confused alike. So the difference between the two comes from the background.
+    Geirhos et al. (2019) set shape against texture in this way."""
     labels = np.asarray(labels)
     fooled, confused = torch.full((2, *lenders.shape), torch.nan, dtype=torch.float64)
     for k, lender in enumerate(lenders):
-        here, elsewhere = any_class[k], any_class[(k + 1) % len(lenders)]
+        this_draw, next_draw = any_class[k], any_class[(k + 1) % len(lenders)]
         in_front = lender.argsort()  # photo in_front[q] stands in front of q's background
         for members in split_by_group(labels):
             queries = members[labels[in_front[members]] != labels[members]]
             if len(members) < 2 or len(queries) == 0:
                 continue
-            others = in_front[queries]
-            candidates = torch.cat([here[members], here[others], elsewhere[others]])
+            impostors = in_front[queries]
+            candidates = torch.cat(
+                [this_draw[members], this_draw[impostors], next_draw[impostors]])
             # Computed without a matrix product, equal embeddings are exactly equally far.
             far = torch.cdist(clean[queries], candidates,
                               compute_mode="donot_use_mm_for_euclid_dist").cpu()
@@ -641,7 +657,7 @@ class State:
         self.history, self.args = [], args
 
     @property
-    def epochs(self):
+    def finished_epochs(self):
         """The number of finished epochs."""
         return max(0, len(self.history) - 1)
 
@@ -658,7 +674,7 @@ class State:
 
     @property
     def is_finished(self):
-        return self.epochs >= min(self.args.epochs, self.best_epoch + self.args.patience)
+        return self.finished_epochs >= min(self.args.epochs, self.best_epoch + self.args.patience)
 
     def save(self, path, *, optimiser):
         content = {"network": self.network.state_dict(), "class_weights": self.class_weights,
@@ -688,34 +704,35 @@ def train(args, splits, state, run):
     lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
     validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
     # Both loaders last until the end, so that workers start once and prefetch during validations.
-    first, last = state.epochs * args.iterations, args.epochs * args.iterations
-    training_loader = load(training_batches, args, range(first, last))
+    first, last = state.finished_epochs * args.iterations, args.epochs * args.iterations
+    training_loader = load_batches(training_batches, args, range(first, last))
     per_epoch = validation_batches.per_epoch
-    numbers = [*range(state.epochs * per_epoch, args.epochs * per_epoch)]
+    numbers = [*range(state.finished_epochs * per_epoch, args.epochs * per_epoch)]
     if not state.history:  # epoch 0 sees the backgrounds of epoch 1
         numbers = [*range(per_epoch), *numbers]
-    validation_loader = load(validation_batches, args, numbers)
+    validation_loader = load_batches(validation_batches, args, numbers)
     if not state.history:
         scores = validate(network, validation_batches, validation_loader)
         state.history.append({"epoch": 0, "loss": None, **scores})
         print_epoch(args, state, splits)
     while not state.is_finished:
         start = time.monotonic()
-        epoch = state.epochs + 1
+        epoch = state.finished_epochs + 1
         network.train()
         losses = []
         for step in progress(range(args.iterations), f"steps of epoch {epoch}"):
             photos, labels, backgrounds = next(training_loader)
             images, masks = unpack(photos)
-            # Seeds all random numbers of this step. Without workers, next() has seeded its own.
+            # Seed only now: without workers, next() makes the crops in this process and seeds too.
             torch.manual_seed(seed_of(args.seed, STEP_SEED, epoch, step))
             if args.bgaugment == "pool":  # BGAugment, the paper's method
                 images = replace_background(images, masks, backgrounds)
-            elif args.bgaugment == "own":  # with other photos of the batch instead of a pool
+            elif args.bgaugment == "own":  # the lenders' backgrounds instead of a pool's
                 emptied = remove_object(*unpack(backgrounds))
                 pasted = replace_background(images, masks, emptied)
+                # Half of the photos stay as they are: this costs less on clean photos.
                 chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-                images = torch.where(chosen, pasted, images)  # the other half stays as it is
+                images = torch.where(chosen, pasted, images)
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
@@ -749,6 +766,22 @@ def validate(network, validation_batches, validation_loader):
 
 # ---- 8. Test -------------------------------------------------------------------------------------
 
+# The conditions of the test. Query and gallery are changed alike, except in `query`.
+#
+#   clean             the photo
+#   replaced          the object in front of a photo of the pool (the paper's test)
+#   same_class        ... of the background of another test photo of its class
+#   any_class         ... of the background of another test photo
+#   pasted            ... of its own background, with the object filled in: what cutting costs
+#   object_only       ... of a plain colour
+#   background_only   the background, with the object filled in
+#   photo_and_object  the mean of the embeddings of clean and object_only
+#   query             queries in the reference condition, a clean gallery
+#   chance            random embeddings
+#
+# The reference condition, args.reference, is `replaced` if there is a pool, else `any_class`. The
+# validation has clean photos, the reference condition, and args.select, which selects the epoch.
+
 
 def replaced_views(images, masks, batch):
     """Yields (condition, images (B, 3, S, S)) of an EvaluationBatch, whose photos are `images` and
@@ -757,8 +790,9 @@ def replaced_views(images, masks, batch):
     for background in batch.backgrounds:  # the paper's test
         yield "replaced", replace_background(images, masks, background)
     for condition, draws in batch.lenders.items():
-        for lenders in draws:
-            yield condition, replace_background(images, masks, remove_object(*unpack(lenders)))
+        for lender_photos in draws:
+            emptied = remove_object(*unpack(lender_photos))
+            yield condition, replace_background(images, masks, emptied)
 
 
 def all_views(images, masks, batch):
@@ -787,9 +821,10 @@ def embed(network, items, views):
 
 
 def run_test(network, test_batches, args):
-    """Tests a network. Returns the result, {"test": {condition: [metrics of each draw]}, "fooled":
-    [share in each draw], "confused": [...]}, and {column: (N,) values of each photo in %}."""
-    items = progress(load(test_batches, args), "test batches", test_batches.per_epoch)
+    """Tests a network. Returns two things: the result, {"test": {condition: [metrics of each
+    draw]}, "fooled": [share in each draw], "confused": [...]}, all from 0 to 1; and the values of
+    each photo in %, {column: (N,)}."""
+    items = progress(load_batches(test_batches, args), "test batches", test_batches.per_epoch)
     embeddings = embed(network, items, all_views)
     check_finite(embeddings, test_batches.photos)
     labels, clean = test_batches.labels, embeddings["clean"][0]
@@ -799,7 +834,7 @@ def run_test(network, test_batches, args):
     both = embeddings["clean"] + embeddings["object_only"]
     embeddings["photo_and_object"] = F.normalize(both, dim=2)
     rng = torch.Generator().manual_seed(0)
-    embeddings["chance"] = torch.randn(DRAWS, len(labels), EMBEDDING, generator=rng)
+    embeddings["chance"] = torch.randn(DRAWS, len(labels), 128, generator=rng)
 
     ks = RECALL_AT.get(args.dataset, RECALL_AT_DEFAULT)
     values = defaultdict(list)  # {condition: [query_metrics() of each draw]}
@@ -870,7 +905,10 @@ PLACES = {"cars196": ("cars_train", "car_ims"), "cub200": ("CUB_200_2011/images"
 SOURCES = {"cars196": "https://www.kaggle.com/datasets/rickyyyyyyy/torchvision-stanford-cars",
            "cub200": "https://data.caltech.edu/records/65de6-vp158",
            "sop": "ftp://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip"}
-CARS196_LISTS = "https://github.com/pytorch/vision/issues/7545"  # the lists of labels are attached
+CARS196_LISTS = {  # where each list of labels is to be had
+    "cars_train_annos": "https://github.com/pytorch/vision/issues/7545",
+    "cars_test_annos_withlabels": "https://github.com/pytorch/vision/issues/7545",
+    "cars_annos": "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"}
 
 
 def dataset_root(dataset, data):
@@ -928,12 +966,12 @@ def read_cars196(root, folder, name):
             rows = loadmat(str(path), simplify_cells=True)["annotations"]
         except Exception as error:  # scipy raises nearly anything
             raise UserError(f"{path}: not a readable MATLAB file ({error}); download it again from "
-                            f"{CARS196_LISTS}") from error
+                            f"{CARS196_LISTS[name]}") from error
         if "class" in rows[0]:
             field = "fname" if "fname" in rows[0] else "relative_im_path"
             return [(photos / Path(row[field]).name, int(row["class"])) for row in rows]
     raise UserError(f"{root}: {name}.mat, which has the labels of {folder}/, is missing; download "
-                    f"it from {CARS196_LISTS} into this folder")
+                    f"it from {CARS196_LISTS[name]} into this folder")
 
 
 def list_sop(root):
@@ -1072,8 +1110,11 @@ def check_counts(dataset, root, labels):
     found = len(labels), int(np.isin(labels, SPLITS[dataset]["test"]).sum())
     wanted = COUNTS[dataset]
     if found != wanted:
+        remedy = "delete it, and it is drawn again"
+        if dataset in SOURCES:
+            remedy = f"download {dataset} again from {SOURCES[dataset]}"
         raise UserError(f"{root}: {found[0]:,} images, {found[1]:,} of them for testing, instead "
-                        f"of {wanted[0]:,} and {wanted[1]:,}; delete it and unpack it again")
+                        f"of {wanted[0]:,} and {wanted[1]:,}; {remedy}")
 
 
 def find_unusable(masks):
@@ -1249,19 +1290,33 @@ class Photos(torch.utils.data.Dataset):
             self.kept.append(photo)
 
     def decode_all(self, title):
-        """Yields all items in order. Threads decode them ahead, until the caller stops."""
-        threads = ThreadPoolExecutor()
+        """Yields all items in order. Threads decode them ahead, until the caller stops. Raises
+        UserError with the number of damaged files; nothing is yielded after the first of them."""
+        threads, errors = ThreadPoolExecutor(), []
         try:
-            decoded = threads.map(self.decode, range(len(self)))
-            yield from progress(decoded, title, len(self))
+            decoded = threads.map(self.try_to_decode, range(len(self)))
+            for photo in progress(decoded, title, len(self)):
+                if isinstance(photo, UserError):
+                    errors.append(photo)
+                elif not errors:
+                    yield photo
         finally:
             threads.shutdown(cancel_futures=True)
+        if errors:
+            raise UserError(f"{errors[0]} (in total: {len(errors):,} damaged files)")
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
         return self.kept[i] if i < len(self.kept) else self.decode(i)
+
+    def try_to_decode(self, i):
+        """The item, or the UserError that says what is wrong with its files."""
+        try:
+            return self.decode(i)
+        except UserError as error:
+            return error
 
     def decode(self, i):
         image = self.images[i]
@@ -1363,7 +1418,7 @@ class TrainingBatches(torch.utils.data.Dataset):
             if self.bgaugment == "pool":
                 backgrounds.append(random_view(draw_background(self.pool), self.size))
             elif self.bgaugment == "own":
-                lender = indices[draw_lender(labels, k)]
+                lender = indices[draw_training_lender(labels, k)]
                 backgrounds.append(random_view(self.photos[lender], self.size))
         return TrainingBatch(torch.stack(photos), labels,
                              torch.stack(backgrounds) if backgrounds else None)
@@ -1386,7 +1441,7 @@ class EvaluationBatches(torch.utils.data.Dataset):
     def lenders(self, epoch):
         """{condition: (draws, N) indices of the photos that lend their background}"""
         groups = {"same_class": self.labels, "any_class": torch.zeros_like(self.labels)}
-        return {condition: draw_lenders(groups[condition], (*self.seed, epoch), self.draws)
+        return {condition: draw_test_lenders(groups[condition], (*self.seed, epoch), self.draws)
                 for condition in self.lent}
 
     def crops(self, indices):
@@ -1429,7 +1484,7 @@ def make_evaluation_batches(args, split, name, draws, lent, *, rows=None, keep=T
     return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent, rows)
 
 
-def load(batches, args, numbers=None):
+def load_batches(batches, args, numbers=None):
     """Yields items of `batches`, on the device: those with these numbers, or the first epoch."""
     fork = "fork" in torch.multiprocessing.get_all_start_methods()  # workers share decoded photos
     for batch in torch.utils.data.DataLoader(
@@ -1573,12 +1628,13 @@ def randomise(network):
 
 
 def is_file(weights):
+    """Whether --weights is a file."""
     return weights not in ("imagenet", "own", "none")
 
 
 def read_weights(file):
-    """({name: tensor} of the network, the same of the linear layer or {}) from a state dict, also
-    as {"state_dict": ...}, or from a run's best.pt. Raises UserError."""
+    """({name: tensor} of the network, None) from a file with a state dict or {"state_dict": ...}.
+    For a run's best.pt, the second is {name: tensor} of its linear layer. Raises UserError."""
     if not Path(file).is_file():
         raise UserError(f"--weights {file}: no such file; give imagenet, none or a file")
     try:
@@ -1600,7 +1656,7 @@ def read_weights(file):
     if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
         raise UserError(f"--weights {file}: it holds no state dict; save a network's state_dict() "
                         "with torch.save()")
-    return content, {}
+    return content, None
 
 
 def below(prefix, state):
@@ -1634,11 +1690,13 @@ def shape_of(name, state):
 
 
 def load_head(head, weights):
-    """Loads the linear layer from a run's best.pt, if it has the size of ours, and says so."""
-    saved = read_weights(weights)[1] if is_file(weights) else {}
-    if not saved:
+    """Loads the linear layer of a run from its best.pt if it has the size of ours. Says so."""
+    saved = read_weights(weights)[1] if is_file(weights) else None
+    if saved is None:
         return
-    if isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
+    if not saved:
+        print(f"--weights {weights}: the backbone of a run, which has no linear layer")
+    elif isinstance(head, nn.Linear) and saved["weight"].shape == head.weight.shape:
         head.load_state_dict(saved)
         print(f"--weights {weights}: the backbone and the linear layer of a run")
     else:
@@ -1711,7 +1769,7 @@ def count_features(name, network, size):
 
 
 def compute_features(name, network, images):
-    """The features of a few images, float32. Raises UserError if they are not (B, features)."""
+    """The features of a few images, in float32. Raises UserError if they are not (B, features)."""
     count, size = len(images), images.shape[-1]
     try:
         features = network.backbone(images)
@@ -1721,17 +1779,20 @@ def compute_features(name, network, images):
             right = default_weights(name).transforms().crop_size[0]
             raise UserError(f"--image-size {size}: {name} cannot take it ({reason}); give "
                             f"--image-size {right}") from error
-        raise UserError(f"--backbone {name}: it fails on {count} images of {size} px ({reason}); "
-                        "give a network that takes any number of images of this size") from error
+        remedy = ("give an --image-size at which it takes a single image" if count == 1 else
+                  "export it for any number of images")
+        raise UserError(f"--backbone {name}: it fails on a batch of {count} at {size} px "
+                        f"({reason}); {remedy}") from error
     if not torch.is_tensor(features) or features.ndim != 2 or len(features) != count:
-        raise UserError(f"--backbone {name}: its output for {count} images is "
+        raise UserError(f"--backbone {name}: its output for a batch of {count} is "
                         f"{getattr(features, 'shape', type(features))}; return one tensor of shape "
                         "(images, features)")
     return features.float()
 
 
 def has_gradient(network, size):
-    """Whether PyTorch can differentiate an Embedder's features with respect to its input."""
+    """Whether PyTorch can differentiate an Embedder's features with respect to its input or, if
+    they require a gradient, its weights."""
     images = torch.zeros(1, 3, size, size, device=network.mean.device, requires_grad=True)
     try:
         return network.backbone(images.clone()).requires_grad
@@ -2263,7 +2324,7 @@ commands:
     add("--weights", type=home, help="imagenet, own (of FOLDER:NAME), none (random) or FILE "
         "[imagenet]")
     add("--embedding", type=int, help="dimensions of an embedding; 0: the network's features, "
-        f"without a linear layer [{EMBEDDING}; with --measure 0]")
+        f"without a linear layer [{DEFAULTS['embedding']}; with --measure 0]")
     add("--image-size", type=int, help=f"side of the crops in px [{DEFAULTS['image_size']}]")
     add("--measure", nargs="?", choices=("test", "all"), const="test", help="measure the network "
         "as it is, without training, on the classes that a trained run tests, or on all classes")
@@ -2274,8 +2335,9 @@ commands:
         "pool, as the paper does; with own: by backgrounds of other training photos [none]")
     add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
-    add("--patience", type=int, help="stop after so many epochs without improvement [15]")
-    add("--batch-size", type=int, help="photos per batch [32]")
+    add("--patience", type=int, help="stop after so many epochs without improvement "
+        f"[{DEFAULTS['patience']}]")
+    add("--batch-size", type=int, help=f"photos per batch [{DEFAULTS['batch_size']}]")
     add("--lr", type=float, help=f"learning rate of the network [{DEFAULTS['lr']}]")
     add("--select", choices=("clean", "replaced", "any_class"), help="the best epoch has the "
         "highest validation MAP@R on these photos [clean; with --bgaugment: replaced; with "
@@ -2304,23 +2366,23 @@ commands:
 
 def default_settings(args):
     """{flag: default} of all flags that become part of a run's name if they are given."""
-    defaults = dict(TOY_DEFAULTS if args.dataset == "toy" else DEFAULTS)
-    backbone = args.backbone or defaults["backbone"]
+    defaults = dict(DEFAULTS)
     pool = Path(args.dataset, "backgrounds")  # of a user's folder
     if args.dataset == "toy":
+        defaults |= TOY_DEFAULTS
         pool = Path(args.data, "toy/backgrounds")
     elif args.dataset in SPLITS:
         pool = Path(args.data, "unsplash_backgrounds")
     elif not pool.is_dir():
         pool = None
+    backbone = args.backbone or defaults["backbone"]
+    defaults["image_size"] = default_image_size(backbone, args.dataset)
+    if ":" in backbone:
+        defaults["weights"] = "own"
+    if args.measure:
+        defaults["embedding"] = 0
     select = {"none": "clean", "pool": "replaced", "own": "any_class"}[args.bgaugment]
-    return {
-        "backgrounds": pool and str(pool), "epochs": defaults["epochs"],
-        "iterations": defaults["iterations"], "patience": 15, "batch_size": 32,
-        "lr": defaults["lr"], "backbone": defaults["backbone"],
-        "weights": "own" if ":" in backbone else defaults["weights"],
-        "embedding": 0 if args.measure else EMBEDDING,
-        "image_size": default_image_size(backbone, args.dataset), "select": select}
+    return {"backgrounds": pool and str(pool), **defaults, "select": select}
 
 
 def check_args(args):
@@ -2459,7 +2521,8 @@ def main(argv=None):
     splits = load_splits(args.dataset, args.data, measure=args.measure)
     if args.backgrounds:
         for name in ("val", "test"):
-            list_backgrounds(args, name)
+            pool, folder = list_backgrounds(args, name), Path(args.backgrounds, name)
+            print_left_out(folder, visible(folder), pool)
     config = {"format": FORMAT, "args": vars(args), "data": data_checksum(args, splits),
               "network": network_checksum(args), "distance": DISTANCES[args.loss].__name__,
               "device": args.device}
@@ -2504,7 +2567,7 @@ def main(argv=None):
         if not state.is_finished:
             train(args, splits, state, run)
         warn_of_no_gain(args, state)
-    epochs, best_epoch = state.epochs, state.best_epoch
+    epochs, best_epoch = state.finished_epochs, state.best_epoch
     seconds = sum(row.get("seconds", 0) for row in state.history)
     state.load(run / "best.pt")
 
@@ -2582,7 +2645,8 @@ def print_network(args, run, state):
     network = state.network
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     mean, std = (buffer.flatten().round().int().tolist() for buffer in (network.mean, network.std))
-    print(f"run: {run}" + (f", resumed after epoch {state.epochs}" if state.history else ""))
+    resumed = f", resumed after epoch {state.finished_epochs}" if state.history else ""
+    print(f"run: {run}{resumed}")
     print(f"network: {args.backbone}, {network.features:,} features, {parameters:,} trainable "
           f"parameters, on {args.device}")
     print(f"input: {args.image_size} px, (pixel - {mean}) / {std}, backgrounds of "
@@ -2616,6 +2680,12 @@ def command(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give a folder with room that you may "
+              "write to (--runs, --data)", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         reason = str(error).split("UserError: ")[-1].strip()  # without a worker's traceback
         print(f"error: {reason}", file=sys.stderr)

@@ -50,7 +50,7 @@ CANDIDATES = 1000  # random queries from which --worst picks, so that SOP fits i
 WIDTH = 900  # px of a picture; a README is about as wide
 GAP = 5  # px between two cells, and the width of a frame
 CAPTION = 16  # px, font of the lines above a row; each line is twice as high
-LABEL = 13  # px, font of the line above a cell; larger ones would cut most class names
+LABEL = 13  # px, font of the line above a cell; a larger one would cut most names of classes
 RIGHT = "#009e73"  # green and orange that colour-blind people can distinguish
 WRONG = "#d55e00"
 
@@ -184,7 +184,7 @@ def attention_maps(run, rows, network):
     pixels = BATCH_PIXELS["cpu" if args.device == "cpu" else "gpu"]
     count = max(1, pixels // (COPIES * size**2))  # images in a batch
     seeds = (seed_of(args.seed, NOISE_SEED, row) for row in rows)
-    for batch in bgbias.load(batches_of(run, rows), args):
+    for batch in bgbias.load_batches(batches_of(run, rows), args):
         for photos in batch.photos.split(count):
             generators = [torch.Generator(args.device).manual_seed(next(seeds)) for _ in photos]
             images, _ = bgbias.unpack(photos)
@@ -359,12 +359,13 @@ def draw_grid(rows, columns, file):
 
 
 def shortened(text, font, width):
-    """As much of the text as fits in `width` px."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
+    """The text, without its middle if it is wider than `width` px. Names of classes often differ
+    only in their first or last characters."""
+    shown, kept = text, len(text)
+    while font.getlength(shown) > width and kept > 0:
+        kept -= 1
+        shown = f"{text[:kept - kept // 2]}…{text[len(text) - kept // 2:]}"
+    return shown
 
 
 def draw_attention(group, count, file):
@@ -416,7 +417,8 @@ def nearest(run, batches, rows):
     """{"clean": (Q, K), "replaced" or "any_class": (Q, K)}: the clean photos that are nearest to
     each photo in `rows`, which is clean or has another background: draw 0 of the run's reference
     condition. Recall@1 of the test's `clean` and `query` counts the first columns."""
-    items = bgbias.progress(bgbias.load(batches, run.args), str(run.folder), batches.per_epoch)
+    items = bgbias.load_batches(batches, run.args)
+    items = bgbias.progress(items, str(run.folder), batches.per_epoch)
     embeddings = bgbias.embed(network_of(run), items, bgbias.replaced_views)
     center = embeddings["clean"][0].mean(dim=0)  # see query_metrics()
     gallery, found = embeddings["clean"][0] - center, {}
@@ -442,7 +444,7 @@ def find_misled(run, batches, rows, near):
 def versions_of(run, rows):
     """Yields for each query {condition: the photo on draw 0 of its backgrounds, (3, S, S) uint8}"""
     batches = batches_of(run, rows, draws=1, lent=("same_class", "any_class"))
-    for batch in bgbias.load(batches, run.args):
+    for batch in bgbias.load_batches(batches, run.args):
         views = dict(bgbias.all_views(*bgbias.unpack(batch.photos), batch))
         for k in range(len(batch.photos)):
             yield {condition: view[k].round().byte().cpu() for condition, view in views.items()}
@@ -495,7 +497,7 @@ def occlusion(run, network, rows):
     of draw 0 of the run's reference condition."""
     args, distance, moves = run.args, DISTANCES[run.args.loss], []
     lent = ("any_class",) if args.reference == "any_class" else ()
-    for batch in bgbias.load(batches_of(run, rows, draws=1, lent=lent), args):
+    for batch in bgbias.load_batches(batches_of(run, rows, draws=1, lent=lent), args):
         images, masks = bgbias.unpack(batch.photos)
         if args.reference == "replaced":
             other = batch.backgrounds[0]

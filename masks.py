@@ -245,7 +245,7 @@ def contact_sheet(entries, out):
     width, height = 3 * THUMB + 16, THUMB + 34  # of an entry; two lines of text are 30 px
     titles = 16
     rows = math.ceil(len(entries) / ACROSS)
-    sheet = Image.new("RGB", (ACROSS * width, titles + rows * height), "white")
+    sheet = Image.new("RGB", (ACROSS * width, titles + rows * height), "lightgrey")
     draw = ImageDraw.Draw(sheet)
     for x in range(0, sheet.width, width):
         for k, title in enumerate(("photo", "mask", "cut-out")):

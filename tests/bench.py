@@ -216,7 +216,7 @@ def bench_validation():
         ready = [torch.randn(len(batches[n][0]), 3, 227, 227, device=DEVICE) for n in range(3) for _ in range(2)]
 
         def validate():
-            embedded = bgbias.embed(model, bgbias.load(batches, args), bgbias.replaced_views)
+            embedded = bgbias.embed(model, bgbias.load_batches(batches, args), bgbias.replaced_views)
             for condition in ("clean", "replaced"):
                 bgbias.retrieval_metrics(embedded[condition][0], labels, (1,))
 

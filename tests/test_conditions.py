@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bgbias
-from bgbias import EvaluationBatches, load, run_test
+from bgbias import EvaluationBatches, load_batches, run_test
 from conftest import mean_of, naive_metrics, naive_query_metrics
 from test_metrics import naive_fooled_and_confused
 
@@ -191,7 +191,7 @@ def measured(labels, pool, seed=1):
     some = lambda spread: rng.integers(80, 175, (10, 3))[labels] + rng.integers(-spread, spread + 1, (len(labels), 3))
     batches = planted(some(60), some(60), labels, [*rng.integers(0, 256, (8, 3))] if pool else None, seed)
     network, args = MeanColour(), arguments(batches)
-    embeddings = bgbias.embed(network, load(batches, args), bgbias.all_views)
+    embeddings = bgbias.embed(network, load_batches(batches, args), bgbias.all_views)
     return embeddings, batches.lenders(0), *run_test(network, batches, args)
 
 

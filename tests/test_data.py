@@ -158,7 +158,7 @@ CARS_THAT_LACK = {
     "the end of a list": (lambda root: (root / LABELS).write_bytes((root / LABELS).read_bytes()[:300]), LABELS, ISSUE),
     "cars_test": (lambda root: shutil.rmtree(root / "cars_test"), "cars_test/", KAGGLE),
     "the list of car_ims": (lambda root: (shutil.rmtree(root / "cars_test"), (root / "car_ims").mkdir()),
-                            "cars_annos.mat", ISSUE),
+                            "cars_annos.mat", "https://www.kaggle.com/datasets/jessicali9530/stanford-cars-dataset"),
     "the official order of the classes": (by_classes, "cars_train or car_ims", KAGGLE)}
 
 

@@ -321,6 +321,6 @@ def test_a_new_loss_is_one_function_and_one_row(new_losses, shop, monkeypatch, d
     monkeypatch.setattr(bgbias, "MPerClassSampler", lambda *given: asked.append(given[1:]) or real(*given))
     bgbias.train(args, splits, state, shop / "run")
     assert asked == [(2, 6) if loss == "proxy_anchor" else (4, 8)]  # 3 classes, and 2: (m, size of a batch)
-    assert state.epochs == 1 and math.isfinite(state.history[1]["loss"]) and (shop / "run/best.pt").exists()
+    assert state.finished_epochs == 1 and math.isfinite(state.history[1]["loss"]) and (shop / "run/best.pt").exists()
     assert not any(map(torch.equal, before, state.network.parameters()))
     assert proxies is None or not torch.equal(proxies, state.class_weights)

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bgbias
-from bgbias import draw_lenders, fooled_and_confused, query_metrics, retrieval_metrics
+from bgbias import draw_test_lenders, fooled_and_confused, query_metrics, retrieval_metrics
 from conftest import mean_of, naive_metrics, naive_query_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,7 +334,7 @@ def naive_fooled_and_confused(clean, any_class, labels, lenders):
 
 
 def with_lenders(labels, seed, draws=5):
-    return draw_lenders(np.zeros(len(labels)), seed, draws)
+    return draw_test_lenders(np.zeros(len(labels)), seed, draws)
 
 
 @pytest.mark.parametrize("sizes", [[2, 2], [2, 1], [1, 2, 3, 5, 8], [10, 10], [4] * 6, [12, 1, 1], [3]])

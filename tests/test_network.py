@@ -412,7 +412,7 @@ def test_size_without_a_flag(name, dataset, size):
     assert args.image_size == 100 and args.settings["image_size"] == 100
 
 
-@pytest.mark.parametrize("name, size, right", [("inception_v3", 32, 299), ("vit_b_32", 64, 224)])
+@pytest.mark.parametrize("name, size, right", [("alexnet", 32, 224), ("vit_b_32", 227, 224)])
 def test_error_a_size_that_a_network_cannot_take(name, size, right):
     with pytest.raises(UserError, match=f"--image-size {size}: {name} .*--image-size {right}$"):
         Embedder(name, "none", size)

@@ -15,8 +15,8 @@ from torchvision import transforms
 
 import bgbias
 from bgbias import (
-    EvaluationBatches, Embedder, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background, draw_lender,
-    draw_lenders, load, random_view, remove_object, replace_background, seed_of, split_by_group, unpack)
+    EvaluationBatches, Embedder, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background, draw_training_lender,
+    draw_test_lenders, load_batches, random_view, remove_object, replace_background, seed_of, split_by_group, unpack)
 from conftest import slow_removal, write_shop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -293,7 +293,7 @@ def test_each_photo_lends_its_background_once_per_draw_within_its_group_and_neve
     """A photo alone in its group keeps its own. There are as many draws as the largest group has other photos."""
     groups = np.array(GROUPS[name])
     sizes = np.bincount(groups)[groups]
-    lenders = draw_lenders(groups, (1, 2), draws)
+    lenders = draw_test_lenders(groups, (1, 2), draws)
     assert lenders.shape == (max(1, min(draws, sizes.max() - 1)), len(groups))
     for draw in lenders:
         assert sorted(draw) == list(range(len(groups))) and (groups[draw] == groups).all()
@@ -305,7 +305,7 @@ def test_a_draw_goes_along_the_cycle_of_its_group_in_steps_of_one_and_more(name)
     """Draw k, counted from 0: steps of 1 + k mod (n - 1) in a group of n. So in n - 1 draws, each photo stands in front
     of the background of every other one."""
     groups = np.array(GROUPS[name])
-    lenders = draw_lenders(groups, 7, draws=20)
+    lenders = draw_test_lenders(groups, 7, draws=20)
     for photo, group in enumerate(groups):
         n = int((groups == group).sum())
         cycle = cycle_of(lenders[0], photo)
@@ -318,19 +318,19 @@ def test_a_draw_goes_along_the_cycle_of_its_group_in_steps_of_one_and_more(name)
 
 def test_fewer_draws_are_the_first_of_more_and_seeds_differ():
     groups = GROUPS["many sizes"]
-    five = draw_lenders(groups, (1, 2, 3), 5)
-    assert five.shape == (5, len(groups)) and np.array_equal(draw_lenders(groups, (1, 2, 3)), five)  # DRAWS is 5
+    five = draw_test_lenders(groups, (1, 2, 3), 5)
+    assert five.shape == (5, len(groups)) and np.array_equal(draw_test_lenders(groups, (1, 2, 3)), five)  # DRAWS is 5
     for draws in range(1, 5):
-        assert np.array_equal(draw_lenders(groups, (1, 2, 3), draws), five[:draws])
+        assert np.array_equal(draw_test_lenders(groups, (1, 2, 3), draws), five[:draws])
     for same in (np.array(groups), torch.tensor(groups)):
-        assert np.array_equal(draw_lenders(same, (1, 2, 3)), five)
+        assert np.array_equal(draw_test_lenders(same, (1, 2, 3)), five)
     seeds = [0, 1, (1, 2), (2, 1), (1, 2, 4), (1, 3, 3)]
-    assert len({draw_lenders(groups, seed).tobytes() for seed in [*seeds, (1, 2, 3)]}) == 7
+    assert len({draw_test_lenders(groups, seed).tobytes() for seed in [*seeds, (1, 2, 3)]}) == 7
 
 
 def test_all_cycles_are_equally_likely():
     """Of four photos there are six cycles: 1,000 +- 29 of each."""
-    counts = Counter(tuple(cycle_of(draw_lenders([0] * 4, seed, 1)[0], 0)) for seed in range(6000))
+    counts = Counter(tuple(cycle_of(draw_test_lenders([0] * 4, seed, 1)[0], 0)) for seed in range(6000))
     assert {*counts} == {(0, *rest) for rest in itertools.permutations((1, 2, 3))}
     assert 850 < min(counts.values()) and max(counts.values()) < 1150
 
@@ -344,7 +344,7 @@ def test_lenders_of_the_training_are_of_another_class_each_equally_likely():
     labels = torch.tensor([3, 0, 3, 1, 0, 3])
     torch.manual_seed(0)
     for k, label in enumerate(labels):
-        counts = Counter(draw_lender(labels, k) for _ in range(1200))
+        counts = Counter(draw_training_lender(labels, k) for _ in range(1200))
         others = (labels != label).nonzero().flatten().tolist()
         assert sorted(counts) == others
         for count in counts.values():  # within five standard deviations
@@ -374,9 +374,9 @@ class Listed:
         return self.lists[seed[-1]]
 
 
-def training(photos, *lists, labels=None, bgaugment="pool", seed=(1, 2)):
+def training(photos, *lists, labels=None, bgaugment="pool", pool=POOL, seed=(1, 2)):
     """TrainingBatches of these photos; the label of a photo is its index, if none are given."""
-    pool = POOL if bgaugment == "pool" else None
+    pool = pool if bgaugment == "pool" else None
     return TrainingBatches(photos, labels or range(len(photos)), Listed(*lists), SIZE, seed, bgaugment, pool)
 
 
@@ -461,18 +461,18 @@ def test_the_order_of_random_numbers(album):
     """As in the versions before: the generator is seeded with the seed, the number of the batch or of the epoch, and
     the place or the index of the photo. In training, the photo's own crop comes first; a pool's photo is drawn right
     before its crop."""
-    photos = Photos(*album, SIZE)
-    rows, batch = [0, 3, 3, 5], training(photos, [], [], [0, 3, 3, 5], seed=(7, 1))[2]
+    photos, pool = Photos(*album, SIZE), Photos(album[0], None, SIZE)
+    rows, batch = [0, 3, 3, 5], training(photos, [], [], [0, 3, 3, 5], pool=pool, seed=(7, 1))[2]
     for k, index in enumerate(rows):
         torch.manual_seed(seed_of(7, 1, 2, k))
         assert torch.equal(batch.photos[k], random_view(photos[index], SIZE))
-        assert torch.equal(batch.backgrounds[k], random_view(POOL[int(torch.randint(12, ()))], SIZE))
-    batches = evaluation(photos, draws=3, lent=LENT, seed=(7, 2))
+        assert torch.equal(batch.backgrounds[k], random_view(pool[int(torch.randint(len(pool), ()))], SIZE))
+    batches = evaluation(photos, pool=pool, draws=3, lent=LENT, seed=(7, 2))
     for epoch, batch in enumerate([batches[0], batches[1], batches[2]]):  # a batch holds all six photos
         for index in range(len(SIZES)):
             torch.manual_seed(seed_of(7, 2, epoch, index))
             for drawn in batch.backgrounds:
-                assert torch.equal(drawn[index], random_view(POOL[int(torch.randint(12, ()))], SIZE))
+                assert torch.equal(drawn[index], random_view(pool[int(torch.randint(len(pool), ()))], SIZE))
 
 
 def test_replacing_backgrounds_changes_nothing_else(album):
@@ -507,7 +507,7 @@ def test_training_batches_are_a_function_of_seed_and_number(album, bgaugment):
     once = [batches[n] for n in range(4)]
     for workers, start in ((0, 0), (2, 0), (0, 3), (2, 2)):
         torch.manual_seed(workers)
-        found = list(load(batches, on_cpu(workers), range(start, 4)))
+        found = list(load_batches(batches, on_cpu(workers), range(start, 4)))
         assert len(found) == 4 - start and all(map(same, once[start:], found))
     for batch in (once[3], training(photos, *lists, bgaugment=bgaugment, seed=(1, 3))[0]):
         assert not torch.equal(once[0].photos, batch.photos)  # photos 0 and 1 again, with other crops and backgrounds
@@ -517,7 +517,7 @@ def test_training_batches_are_a_function_of_seed_and_number(album, bgaugment):
 def epochs_of(batches, numbers, workers=0):
     """[(photos, labels, {condition: (draws, N, ., S, S)})] of whole epochs, whatever the size of the items."""
     per_epoch = batches.per_epoch
-    items = list(load(batches, on_cpu(workers), range(numbers.start * per_epoch, numbers.stop * per_epoch)))
+    items = list(load_batches(batches, on_cpu(workers), range(numbers.start * per_epoch, numbers.stop * per_epoch)))
     joined = []
     for first in range(0, len(items), per_epoch):
         some = items[first:first + per_epoch]
@@ -553,7 +553,7 @@ def test_evaluation_depends_neither_on_the_size_of_its_batches_nor_on_workers(al
         torch.manual_seed(size)
         found = epochs_of(batches, numbers, workers)
         assert len(found) == len(numbers) and all(map(same, found, expected[numbers.start:]))
-    assert len(list(load(batches, on_cpu(0)))) == -(-len(SIZES) // size)  # one epoch by default
+    assert len(list(load_batches(batches, on_cpu(0)))) == -(-len(SIZES) // size)  # one epoch by default
     other = epochs_of(evaluation(**some, seed=(1, 3)), range(1))[0]
     assert torch.equal(other[0], expected[0][0]) and {*other[2]} == {"replaced", *LENT}
     assert not any(torch.equal(other[2][name], expected[0][2][name]) for name in ("replaced", "any_class"))
@@ -585,7 +585,7 @@ def test_own_backgrounds_of_training_come_from_other_classes_of_the_batch(number
 
 
 def test_lenders_in_evaluation_are_cropped_at_the_centre_with_their_masks(numbered, monkeypatch):
-    """In batches of any size, in each draw and epoch: those of draw_lenders() of the classes, or of all photos."""
+    """In batches of any size, in each draw and epoch: those of draw_test_lenders() of the classes, or of all photos."""
     monkeypatch.setattr(bgbias, "EVAL_BATCH", 4)
     labels, crops = [0, 0, 0, 1, 1, 2], evaluation(numbered, pool=None)
     crops = torch.cat([crops[0].photos, crops[1].photos])
@@ -594,8 +594,8 @@ def test_lenders_in_evaluation_are_cropped_at_the_centre_with_their_masks(number
         for epoch in range(3):
             lenders = batches.lenders(epoch)
             assert {*lenders} == {*LENT}
-            assert np.array_equal(lenders["same_class"], draw_lenders(labels, (seed, 2, epoch), 5))
-            assert np.array_equal(lenders["any_class"], draw_lenders([0] * 6, (seed, 2, epoch), 5))
+            assert np.array_equal(lenders["same_class"], draw_test_lenders(labels, (seed, 2, epoch), 5))
+            assert np.array_equal(lenders["any_class"], draw_test_lenders([0] * 6, (seed, 2, epoch), 5))
             assert [len(draws) for draws in (lenders["same_class"], lenders["any_class"])] == [2, 5]
             for n, rows in ((0, range(4)), (1, range(4, 6))):
                 batch = batches[2 * epoch + n]
@@ -725,7 +725,7 @@ def record(tmp_path, bgaugment, flags=""):
     state.optimiser = torch.optim.SGD(state.network.parameters(), 1e-3)
     splits = bgbias.load_splits(args.dataset)
     bgbias.train(args, splits, state, tmp_path / "run")
-    assert state.epochs == 2 and len(state.network.trained) == 6
+    assert state.finished_epochs == 2 and len(state.network.trained) == 6
     return args, splits, state.network
 
 
@@ -791,13 +791,13 @@ def test_validations_see_the_pool_as_in_earlier_versions_and_another_cycle_each(
             np.testing.assert_allclose(
                 views["replaced"][i].numpy(), composite(*pixels_and_mask(crop), background), atol=1e-3)
         if "any_class" in conditions:
-            lenders = draw_lenders([0] * len(crops), (42, bgbias.VAL_SEED, epoch), 1)[0]
+            lenders = draw_test_lenders([0] * len(crops), (42, bgbias.VAL_SEED, epoch), 1)[0]
             for i, crop in enumerate(crops):
                 background = slow_removal(*pixels_and_mask(crops[lenders[i]]))
                 np.testing.assert_allclose(
                     views["any_class"][i].numpy(), composite(*pixels_and_mask(crop), background), atol=1e-2)
     assert next(seen, None) is None
-    cycles = [draw_lenders([0] * len(crops), (42, bgbias.VAL_SEED, epoch), 1).tolist() for epoch in (0, 1)]
+    cycles = [draw_test_lenders([0] * len(crops), (42, bgbias.VAL_SEED, epoch), 1).tolist() for epoch in (0, 1)]
     assert cycles[0] != cycles[1]
 
 
