@@ -240,18 +240,22 @@ def test_the_five_classes_that_drop_most(tmp_path):
     for name, fall in falls.items():
         for i in range(4 if name == "small" else 5 + (name == "b")):
             photos[f"{name}/{i}"] = (name, 80 + i, 70, 80 + i - fall)
-    run = make_run(tmp_path, "", photos=photos)
-    line, = [line for line in bgbias.report(tmp_path, only=run).splitlines() if line.startswith("Classes")]
-    assert "(clean → replaced)" in line
-    assert re.findall(r"(\w+) (\d+\.\d) → (\d+\.\d)", line) == [
+    line, = worst_classes(make_run(tmp_path, "", photos=photos))
+    assert "clean" in line and "replaced" in line
+    assert re.findall(r"(\w+) \(?(\d+\.\d) → (\d+\.\d)", line) == [
         ("d", "82.0", "42.0"), ("b", "82.5", "52.5"), ("c", "82.0", "72.0"), ("e", "82.0", "77.0"),
         ("f", "82.0", "79.0")]
-    run = make_run(tmp_path, "--dataset photos", photos=photos, tested="no pool")  # any class is 70 in all photos
-    line, = [line for line in bgbias.report(tmp_path, only=run).splitlines() if line.startswith("Classes")]
-    assert "(clean → any class)" in line and "b 82.5 → 70.0" in line
+    # Without a pool, the reference is any class, which is 70 in all photos. So b with its sixth photo comes first.
+    line, = worst_classes(make_run(tmp_path, "--dataset photos", photos=photos, tested="no pool"))
+    assert "any class" in line and "replaced" not in line
+    assert re.findall(r"(\w+) \(?(\d+\.\d) → (\d+\.\d)", line)[0] == ("b", "82.5", "70.0")
     gains = {photo: values for photo, values in photos.items() if values[0] in ("small", "gains")}
-    run = make_run(tmp_path, "--loss triplet", photos=gains)
-    assert "Classes" not in bgbias.report(tmp_path, only=run)  # no class of five photos drops
+    assert worst_classes(make_run(tmp_path, "--loss triplet", photos=gains)) == []  # no class of five photos drops
+
+
+def worst_classes(run):
+    """The line below its table."""
+    return [line for line in bgbias.report(run.parent, only=run).splitlines() if "drop most" in line]
 
 
 # ---- Hardly better than chance -------------------------------------------------------------------
@@ -303,6 +307,20 @@ def test_what_belongs_to_a_training_does_not_count_for_a_measured_network(tmp_pa
     make_run(tmp_path, "--measure --loss triplet --lr 3 --seed 1")
     make_run(tmp_path, "--measure --loss arcface --bgaugment own --patience 3 --seed 2")
     assert {name: row["seeds"] for name, row in rows_of(tmp_path).items()} == {"as it is": "2"}
+
+
+def test_settings_that_all_rows_share_stand_once_above_them(tmp_path):
+    """A row is named by what differs. A measured network shares no settings of a training."""
+    for flags in ("--lr 0.1 --image-size 64", "--lr 0.2 --image-size 64", "--lr 0.2 --image-size 64 --bgaugment"):
+        make_run(tmp_path, flags)
+    text = bgbias.report(tmp_path)
+    assert sorted(rows_of(tmp_path)) == ["contrastive + BGAugment, lr 0.2", "contrastive, lr 0.1", "contrastive, lr 0.2"]
+    assert text.count("image size 64") == 1 and "image size 64" in text.split("|")[0]
+    make_run(tmp_path, "--measure --image-size 64")
+    assert "as it is" in rows_of(tmp_path) and bgbias.report(tmp_path).count("image size 64") == 1
+    make_run(tmp_path, "--lr 0.1")
+    rows = rows_of(tmp_path)
+    assert len(rows) == 5 and {"contrastive, lr 0.1", "contrastive, lr 0.1, image size 64"} <= rows.keys()
 
 
 def test_edited_hyper_parameters_are_another_row(tmp_path, monkeypatch):

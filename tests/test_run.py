@@ -423,16 +423,18 @@ def test_what_a_run_writes(finished):
 def test_what_a_run_prints(finished, monkeypatch, capsys):
     folder, run, _, out = finished
     epochs = [line for line in out.splitlines() if line.startswith("epoch")]
-    assert [line.split()[1] for line in epochs] == ["0", "1", "2", "3"] and "before training" in epochs[0]
+    assert [line.split()[1] for line in epochs] == ["0", "1", "2", "3"] and "before the training" in epochs[0]
     for line, row in zip(epochs, log(run), strict=True):
         assert all(f"{name} {100 * row[name]['map@r']:5.2f}" in line for name in ("clean", "replaced"))
     assert re.findall(r"(\w+): (\d+) classes are few", out) == [("val", "3"), ("test", "11")]
-    first, = [line for line in out.splitlines() if line.startswith(f"{run.relative_to(folder)}: ")]
-    assert "smallconv" in first and "128 features" in first and "cpu" in first
+    before_training = out.split("epoch ")[0]
+    for part in (str(run.relative_to(folder)), "smallconv", "128 features", "cpu", "shop/backgrounds"):
+        assert part in before_training
     # Four convolutions and the linear layer; the scaling is ImageNet's, times 255.
     parameters = sum(9 * a * b + b for a, b in ((3, 16), (16, 32), (32, 64), (64, 128))) + 128 * 128 + 128
-    assert f"{parameters:,} trainable parameters" in first
-    assert re.findall(r"\d+\.0\b", first.split("parameters")[1]) == ["124.0", "116.0", "104.0", "58.0", "57.0", "57.0"]
+    assert f"{parameters:,} trainable parameters" in before_training
+    mean, std = ([*map(float, re.findall(r"[\d.]+", numbers))] for numbers in re.findall(r"\[(.*?)\]", before_training))
+    assert (mean, std) == ([124, 116, 104], [58, 57, 57])
     monkeypatch.chdir(folder)
     finish("--bgaugment")  # it is finished, so the table is printed again, with the base run
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| contrastive")]
@@ -589,7 +591,7 @@ def test_patience(shop, capsys):
     run = finish("--lr 0 --epochs 50 --patience 2")  # an equal score is no improvement
     assert (log(run)[-1]["epoch"], result(run)["epochs"], result(run)["best_epoch"]) == (3, 3, 1)
     line, = [line for line in capsys.readouterr().out.splitlines() if "no epoch was better" in line]
-    assert line.startswith("--lr 0.0: ") and "lower lr" in line
+    assert line.startswith("--lr 0.0: ")
 
 
 @pytest.mark.parametrize("poison", [6, 8])  # within the second epoch; in its last step, after the last loss
@@ -653,7 +655,7 @@ def test_a_measured_network_is_tested_on_the_classes_that_a_trained_run_tests(sh
     assert (result(run)["epochs"], result(run)["best_epoch"]) == (0, 0)
     assert {row["class"] for row in photos_of(run)} == {f"c{label}" for label in TEST_CLASSES}
     torch.manual_seed(bgbias.seed_of(42, bgbias.INIT_SEED))
-    untrained = bgbias.Embedder("smallconv", "none", 16).state_dict()
+    untrained = bgbias.Embedder("smallconv", "none", 16, 0).state_dict()  # as it is, without a linear layer
     assert same(checkpoint(run, "best.pt")["network"], dict(untrained))
     trained = finish("--epochs 1")
     assert result(trained)["tested"] == result(run)["tested"]
@@ -904,8 +906,9 @@ def test_slow_work_reports_its_progress_and_quick_work_is_silent(monkeypatch, ca
     # What belongs to a training does not matter to a network that is only measured.
     ("--measure --loss triplet --bgaugment --epochs 5 --iterations 2 --patience 3 --batch-size 8 --lr 1 --select clean",
      "runs/toy-measure-s42"),
-    ("--dataset cub200 --measure --backbone resnet50 --embedding 0 --image-size 64 --lr 1",
-     "runs/cub200-measure-s42-backbone_resnet50-embedding_0-image_size_64"),
+    ("--dataset cub200 --measure --backbone resnet50 --embedding 0 --image-size 64 --lr 1",  # without a linear layer
+     "runs/cub200-measure-s42-backbone_resnet50-image_size_64"),
+    ("--measure --embedding 128", "runs/toy-measure-s42-embedding_128"),
     ("--image-size 64 --lr 1e-3", "runs/toy-contrastive-base-s42-lr_0.001-image_size_64"),
     ("--epochs 15 --image-size 48 --weights none", "runs/toy-contrastive-base-s42"),  # toy's defaults
     ("--dataset sop --epochs 15 --image-size 227", "runs/sop-contrastive-base-s42-epochs_15"),
