@@ -15,8 +15,9 @@ from torchvision import transforms
 
 import bgbias
 from bgbias import (
-    EvaluationBatches, Embedder, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background, draw_training_lender,
-    draw_test_lenders, load_batches, random_view, remove_object, replace_background, seed_of, split_by_group, unpack)
+    Embedder, EvaluationBatches, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background,
+    draw_test_lenders, draw_training_lender, load_batches, random_view, remove_object, replace_background, seed_of,
+    split_by_group, unpack)
 from conftest import slow_removal, write_shop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
