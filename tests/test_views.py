@@ -15,8 +15,9 @@ from torchvision import transforms
 
 import bgbias
 from bgbias import (
-    EvaluationBatches, Embedder, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background, draw_training_lender,
-    draw_test_lenders, load_batches, random_view, remove_object, replace_background, seed_of, split_by_group, unpack)
+    Embedder, EvaluationBatches, MPerClassSampler, Photos, TrainingBatches, UserError, draw_background,
+    draw_test_lenders, draw_training_lender, load_batches, random_view, remove_object, replace_background, seed_of,
+    split_by_group, unpack)
 from conftest import slow_removal, write_shop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,11 +211,14 @@ def box_of(left, right):
 
 
 def splits_of(folder, images):
-    """Splits with those masks, the first of them for training."""
+    """Splits with those masks: one for training, one for validation, the others for the test; the first two photos are
+    also among those that were left out, which do not count."""
     folder.mkdir()
     masks = save(folder / "masks", [np.asarray(image) for image in images])
     photos = save(folder / "images", [picture(*image.size) for image in images])
-    return {"train": bgbias.Split(photos[:1], masks[:1], [0]), "test": bgbias.Split(photos[1:], masks[1:], [1] * 4)}
+    rows = {"train": slice(1), "val": slice(1, 2), "test": slice(2, None), "left_out": slice(2)}
+    return {name: bgbias.Split(photos[some], masks[some], np.zeros(len(photos[some]), int))
+            for name, some in rows.items()}
 
 
 def test_summary_of_the_masks_by_hand(tmp_path, capsys):
