@@ -2221,7 +2221,7 @@ def report(folder, only=None):
         if run == only:
             chosen = result
     if others:
-        print(f"{folder}: {others} runs of another version of bgbias.py are left out")
+        print(f"{folder}: runs of another version of bgbias.py are left out ({others})")
     if not tables:
         raise UserError(f"--report {folder}: it contains no finished run; train one first")
     parts = []
@@ -2457,25 +2457,29 @@ def data_checksum(args, splits):
     return checksum_of(paths)
 
 
-def network_checksum(args):
-    """The checksum of the files that a network is made of: its weights file, or the folder of its
-    hubconf.py. None if there is no such file."""
-    files = []
-    if is_file(args.weights):
-        files.append(Path(args.weights))
-    if ":" in args.backbone:
-        folder = Path(args.backbone.rpartition(":")[0])
-        ours = [Path(path).resolve() for path in (args.runs, args.data)]
-        for path in sorted(folder.rglob("*.py")):
-            inside = path.relative_to(folder).parts
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
-            if not hidden and not any(place in path.resolve().parents for place in ours):
-                files.append(path)
-        weights = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".json"}
-        files += [path for path in visible(folder) if path.suffix in weights]
-    if not files or not all(path.is_file() for path in files):
+def network_checksum(backbone, runs, data):
+    """The checksum of the folder of a hubconf.py: all its code, and the weights beside it. None for
+    other networks."""
+    if ":" not in backbone:
         return None
+    folder = Path(backbone.rpartition(":")[0])
+    ours = [Path(path).resolve() for path in (runs, data)]
+    files = []
+    for path in sorted(folder.rglob("*.py")):
+        inside = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
+        if not hidden and not any(place in path.resolve().parents for place in ours):
+            files.append(path)
+    weights = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".json"}
+    files += [path for path in visible(folder) if path.suffix in weights and path.is_file()]
     return checksum_of(files)
+
+
+def weights_checksum(weights):
+    """The checksum of a file of weights; None for other weights, and if the file is gone."""
+    if is_file(weights) and Path(weights).is_file():
+        return checksum_of([Path(weights)])
+    return None
 
 
 def warn_of_copies(args, splits):
@@ -2489,6 +2493,19 @@ def warn_of_copies(args, splits):
         first, second = copies[0][:2]
         print(f"warning: {len(copies):,} photos are in several classes, such as {first} and "
               f"{second}; keep each photo in one class only")
+
+
+def config_of(args, splits):
+    """What a run is made of: arguments, checksums of its files, device and versions."""
+    config = {"format": FORMAT, "args": vars(args), "data": data_checksum(args, splits),
+              "network": network_checksum(args.backbone, args.runs, args.data),
+              "weights": weights_checksum(args.weights),
+              "distance": DISTANCES[args.loss].__name__, "device": args.device}
+    if args.device.startswith("cuda"):
+        config["device"] = torch.cuda.get_device_name(args.device)
+    for module in (torch, torchvision, np):
+        config[module.__name__] = module.__version__
+    return config
 
 
 def check_config(run, config):
@@ -2505,8 +2522,8 @@ def check_config(run, config):
         if key in before["args"] and before["args"][key] != config["args"][key]:
             raise UserError(f"{run}: its {key} was {before['args'][key]}, not "
                             f"{config['args'][key]}; restore it, or give a new folder with --runs")
-    for key in ("data", "network"):
-        if None not in (before[key], config[key]) and before[key] != config[key]:
+    for key in ("data", "network", "weights"):  # None if a weights file is gone
+        if None not in (before.get(key), config[key]) and before[key] != config[key]:
             raise UserError(f"{run}: the files of its {key} have changed; restore them, or give a "
                             "new folder with --runs")
 
@@ -2525,13 +2542,7 @@ def main(argv=None):
         for name in ("val", "test"):
             pool, folder = list_backgrounds(args, name), Path(args.backgrounds, name)
             print_left_out(folder, visible(folder), pool)
-    config = {"format": FORMAT, "args": vars(args), "data": data_checksum(args, splits),
-              "network": network_checksum(args), "distance": DISTANCES[args.loss].__name__,
-              "device": args.device}
-    if args.device.startswith("cuda"):
-        config["device"] = torch.cuda.get_device_name(args.device)
-    for module in (torch, torchvision, np):
-        config[module.__name__] = module.__version__
+    config = config_of(args, splits)
 
     # 2. A run is its folder. One that is finished or interrupted must be the same run.
     run = run_folder(args)
