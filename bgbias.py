@@ -10,12 +10,14 @@ implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022
 Part I is the paper. Read it from top to bottom. Part II brings photos in and numbers out.
 
 The defaults are the paper's settings, except for the toy set, which has its own. Each run has one
-folder: RUNS/<dataset>-<loss>-<base|bgaugment|own>-s<seed>, followed by every setting that is not
-the default. A run writes result.json last. The same command resumes an interrupted run.
+folder: RUNS/<dataset>-<loss>-<variant>-s<seed>, followed by every setting that is not the default.
+The variants are base (backgrounds stay), bgaugment (backgrounds of a pool, the paper's BGAugment)
+and own (backgrounds of other training photos). A run writes result.json last. The same command
+resumes an interrupted run.
 
-Shapes: B batch, D embedding (128), C classes, N photos, H W pixels, S crop size, K neighbours.
+Shapes: B batch, D embedding (128), C classes, N photos, Q queries, H W height and width, S crop.
 Every mask is soft: (B, 1, H, W) in [0, 1], where 1 = foreground.
-Sections in parentheses are the paper's. DIFF marks a difference from the authors' code (README).
+§ marks a section of the paper, and DIFF a difference from the authors' code (README).
 """
 
 import argparse
@@ -57,7 +59,8 @@ from tqdm import tqdm
 # ---- 1. Protocol ---------------------------------------------------------------------------------
 
 # A class is in one split only, so the test asks for objects of classes that the network has never
-# seen (Section 4.1). Labels are the numbers of the classes, counted from 0.
+# seen (§4.1). About half of the classes are for the test; of the others, three quarters are
+# for training. Labels are the numbers of the classes, counted from 0. The toy set is ours.
 SPLITS = {
     "cars196": {"train": range(0, 74), "val": range(74, 98), "test": range(98, 196)},
     "cub200": {"train": range(0, 75), "val": range(75, 100), "test": range(100, 200)},
@@ -66,7 +69,7 @@ SPLITS = {
 }
 POOL_SIZE = 100  # background photos for training and validation, and as many others for the test
 
-# Settings of all runs of the paper (Section 4).
+# Settings of all runs of the paper (§4).
 DEFAULTS = dict(epochs=1000, iterations=100, patience=15, batch_size=32, lr=1e-6,
                 backbone="bninception", weights="imagenet", embedding=128, image_size=227)
 RMSPROP = dict(weight_decay=1e-4, momentum=0.9, alpha=0.99, eps=1e-8)
@@ -77,22 +80,23 @@ TOY_DEFAULTS = dict(epochs=15, iterations=50, lr=5e-5, backbone="smallconv", wei
 # The paper resizes the short side of a photo to 256 px and crops 227 px. We keep this ratio at
 # other crop sizes, so that they see the same part of a photo.
 RESIZE = 256 / 227
-# The training transform (Section 4) is a random crop of this share of the photo's area, of this
-# aspect ratio, mirrored with this probability. The test crops the centre.
+# The training transform (§4) crops a random region, mirrors it with probability FLIP, and
+# resizes it. The region's share of the photo's area and its aspect ratio lie in these ranges. The
+# test crops the centre.
 CROP_SCALE = (0.16, 1.0)
 CROP_RATIO = (0.75, 1.33)
 FLIP = 0.5
 
-# A result on random backgrounds is the mean of this number of draws for each photo (Section 4.3).
+# The test on random backgrounds is repeated this many times, with new backgrounds (§4.3).
 DRAWS = 5
-# The K of Recall@K. Classes of SOP have five photos on average, so larger K say more about them.
+# The K of Recall@K. Larger ones are customary for SOP, because its gallery is large.
 RECALL_AT = {"sop": (1, 10, 100, 1000)}
 RECALL_AT_DEFAULT = (1, 2, 4, 8)
 EVAL_BATCH = 32  # photos per batch in validation and test; the size does not change the results
 
-# Each photo, batch and step has a seed of its own, so nothing depends on earlier batches, and a
-# resumed run needs no saved random state. The seed is made of the run's seed, the number of its use
-# below, and the numbers of the batch and the photo.
+# Each photo, batch and step has a seed of its own. It is made of the run's seed, a number for the
+# purpose (below), and the numbers of the batch and the photo. So nothing depends on earlier
+# batches, and a resumed run needs no saved random state.
 INIT_SEED = 0  # the initial weights
 TRAIN_SEED = 1  # training batches
 VAL_SEED = 2  # backgrounds of the validation
@@ -100,8 +104,9 @@ TEST_SEED = 3  # backgrounds of the test
 STEP_SEED = 4  # what a training step draws itself, such as dropout
 
 # Hyper-parameters of the losses: the optima of "A Metric Learning Reality Check" (Musgrave et al.
-# 2020), which the paper uses. Arcface's margin is in degrees. A user's own folder takes those of
-# cars196, and a loss without an entry takes the defaults of its function.
+# 2020), which the paper uses. Three odd values are correct: alpha and the negative pos_margin of
+# cub200, and lr_loss of arcface on cars196. Arcface's margin is in degrees. A user's own folder is
+# split like cars196, and takes its values. A loss without an entry takes its function's defaults.
 HPARAMS = {
     "cars196": {
         "contrastive": dict(pos_margin=0.26523381895861114, neg_margin=0.5409405918690342),
@@ -156,20 +161,27 @@ def replace_background(images, masks, backgrounds):
     return images * masks + backgrounds * (1 - masks)
 
 
-# Which background does a photo get? The next functions decide it. TrainingBatches and
-# EvaluationBatches (Part II) call them, and train() and replaced_views() paste. A photo whose
-# background another photo gets is the lender.
+# Which background does a photo get? The next functions decide it. The lender is the photo that
+# gives its background to another photo.
+#
+#   used in                         decided by              the background of
+#   training, --bgaugment           draw_background         a photo of the pool
+#   training, --bgaugment own       draw_training_lender    a photo of another class in the batch
+#   test, replaced                  draw_background         a photo of the pool
+#   test, same_class, any_class     draw_test_lenders       another test photo
+#
+# TrainingBatches and EvaluationBatches (Part II) call them. train() and replaced_views() paste.
 
 
 def draw_background(pool):
-    """The paper's way, in training and test: a random photo of the pool, (3, H, W). Photos may
-    draw the same one."""
+    """The paper's way: a random photo of the pool, (3, H, W). Several photos may draw the same one.
+    It uses torch's generator, which the caller has seeded for this photo."""
     return pool[int(torch.randint(len(pool), ()))]
 
 
 def draw_training_lender(labels, k):
-    """BGAugment without a pool: the lender of photo k of a training batch is a random photo of
-    another class in this batch. (B,) labels -> an index. A batch has at least two classes."""
+    """The lender of photo k of a training batch: a random photo of another class in this batch.
+    (B,) labels -> an index. It uses torch's generator, which the caller has seeded for photo k."""
     candidates = (labels != labels[k]).nonzero()[:, 0]
     return int(candidates[torch.randint(len(candidates), ())])
 
@@ -183,16 +195,17 @@ def split_by_group(groups):
 
 
 def draw_test_lenders(groups, seed, draws=DRAWS):
-    """The test on backgrounds of other test photos: (N,) groups -> (draws, N) indices. In draw k,
-    photo i stands in front of the background of photo lenders[k, i] of its own group.
+    """The lenders of the test, (draws, N) indices: in draw k, photo i gets the background of photo
+    lenders[k, i], which is in the same group. `groups` (N,) are the labels for same_class. For
+    any_class, all photos are one group.
 
     The photos of a group form a random cycle, such as c a d b. In draw 0, each of them borrows from
     the one before it: a from c, d from a, b from d, c from b; in draw 1 from the second one before
     it, and so on. So a photo lends its background exactly once in each draw, and never to itself.
     This matters, because two photos with the same background would find each other by it.
 
-    A photo alone in its group keeps its own background. A group with fewer other photos than draws
-    repeats them. If that is so for all groups, there are fewer draws."""
+    A photo alone in its group keeps its own background. In a group of few photos, lenders repeat
+    from draw to draw. If all groups are that small, there are fewer draws."""
     rng = np.random.default_rng(seed)
     cycles = [rng.permutation(members) for members in split_by_group(groups)]
     largest = max(map(len, cycles))
@@ -207,10 +220,10 @@ def draw_test_lenders(groups, seed, draws=DRAWS):
 
 MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean in RGB; a painted background has this colour
 
-# The object is removed by blurring the background into its place. The standard deviations of the
-# blurs are fractions of the crop's side S. S/4 reaches across any object, but is blind to detail.
+# The object is removed by blurring the background into its place, with several widths. The standard
+# deviation is the crop's side S / divisor. S/4 reaches across any object, but is blind to detail.
 # S/64 keeps the detail, but reaches only the object's edge. S/10 and S/24 lie between them.
-BLURS = (4, 10, 24, 64)
+BLUR_DIVISORS = (4, 10, 24, 64)  # from wide to narrow
 # A blur counts fully where at least a tenth of what it sees is background. With less, its colour
 # would come from a few distant pixels, so the result of the wider blur is mixed in.
 SEEN_ENOUGH = 0.1
@@ -227,24 +240,43 @@ def remove_object(images, masks):
     keep = (F.max_pool2d(masks, 2 * margin + 1, 1, margin) < FAINT).float()
     # The fill is smooth, so half of the resolution is enough.
     known = F.avg_pool2d(torch.cat([images * keep, keep], dim=1), 2, ceil_mode=True)
-    place = torch.linspace(0, 1, known.shape[-1], device=images.device)
+    position = torch.linspace(0, 1, known.shape[-1], device=images.device)
     colour, seen = known.mean(dim=(2, 3), keepdim=True).split((3, 1), dim=1)
     fill = colour / seen.clamp(min=1e-6)  # the mean of the background, or black if there is none
-    for divisor in BLURS:
-        gauss = (((place - place[:, None]) * divisor).square() / -2).exp()
-        gauss = gauss / gauss.sum(dim=1, keepdim=True)
+    for divisor in BLUR_DIVISORS:  # each replaces the wider one where it sees enough background
+        gauss = (((position - position[:, None]) * divisor).square() / -2).exp()
+        gauss = gauss / gauss.sum(dim=1, keepdim=True)  # a matrix that blurs columns or rows
         colour, seen = (gauss @ known @ gauss.T).split((3, 1), dim=1)
         trust = (seen / SEEN_ENOUGH).clamp(max=1)
         fill = fill + trust * (colour / seen.clamp(min=1e-6) - fill)
     return torch.where(keep > 0, images, F.interpolate(fill, images.shape[2:], mode="bilinear"))
 
 
+# The conditions of the test. Query and gallery are changed alike, except in `query`.
+#
+#   clean             the photo as it is
+#   replaced          its object in front of a photo of the pool: the paper's test; only with a pool
+#   same_class        its object in front of the background of another test photo of its class
+#   any_class         its object in front of the background of another test photo, of any class
+#   pasted            its object cut out and put back: what cutting and pasting alone changes
+#   object_only       its object in front of a plain colour
+#   background_only   the photo with its object removed
+#   photo_and_object  the mean of the embeddings of clean and object_only: an advice for users
+#   query             the query in the reference condition, the gallery clean
+#   chance            random embeddings
+#
+# The reference condition, args.reference, is `replaced` if there is a pool, and `any_class` if not.
+# args.select is the condition whose validation MAP@R selects the best epoch: clean for base,
+# replaced for BGAugment, any_class for own backgrounds.
+
+
 # ---- 3. Sampler ----------------------------------------------------------------------------------
 
 
 class MPerClassSampler:
-    """Batches of indices into `labels` (Section 4): batch_size // m distinct classes, m images of
-    each, without replacement unless the class has fewer than m. Too few classes: ValueError."""
+    """Batches of indices into `labels` (§4): batch_size // m distinct classes, m images of
+    each, without replacement unless the class has fewer than m. batch() raises ValueError if there
+    are too few classes."""
 
     def __init__(self, labels, m, batch_size):
         labels = np.asarray(labels)
@@ -357,7 +389,7 @@ RGB_IMAGENET = ([0, 1, 2], [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 
 class Embedder(nn.Module):
-    """Backbone, Linear(features, embedding) and L2 norm (Section 4): (B, 3, S, S) normalised ->
+    """Backbone, Linear(features, embedding) and L2 norm (§4): (B, 3, S, S) normalised ->
     (B, embedding) of unit length. If `embedding` is 0, there is no linear layer. Raises UserError
     for a backbone that is unknown or does not give (B, features)."""
 
@@ -395,9 +427,9 @@ class Embedder(nn.Module):
 # ---- 5. Losses -----------------------------------------------------------------------------------
 
 # Every loss is a function of embeddings (B, D) of unit length, labels (B,) and class weights, also
-# called proxies: one vector per training class (C, D). Pair losses ignore `weight`. The keyword
-# arguments are hyper-parameters; HPARAMS overrides their defaults. `lr_loss` is the learning rate
-# of the class weights, which only the optimiser uses. A loss that takes it gets class weights.
+# called proxies: one vector per training class (C, D). Pair losses ignore `weight`. The arguments
+# after the * are hyper-parameters, and HPARAMS overrides their defaults. A loss that takes lr_loss
+# gets class weights. It is their learning rate, and only the optimiser uses it.
 # [x]+ is max(x, 0), and mean+ is the mean over the terms above 0.
 
 
@@ -468,7 +500,7 @@ def normalized_softmax(embeddings, labels, weight, *, temperature=0.1, lr_loss=0
 
 def euclidean(embeddings, others):
     """Distance of each row to the same row of `others`, or to its only row: (B, D), (B or 1, D) ->
-    (B,). This distance and the next one are those of the attention score (paper, Section 5)."""
+    (B,). This distance and the next one are those of the attention score (§5)."""
     return torch.linalg.vector_norm(embeddings - others, dim=1)
 
 
@@ -503,8 +535,8 @@ def hyper_parameters(loss, dataset):
 
 @torch.no_grad()
 def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
-    """The metrics of each query: {"map@r", "r_precision", "recall@K" for K in `ks`: (N,) from 0 to
-    1}; nan where a query has no right item.
+    """The metrics of each query: a dict with the keys map@r, r_precision, and recall@K for each K
+    in `ks`. Each value is (N,), from 0 to 1, or nan where a query has no right item.
 
     embeddings (N, D), labels (N,): every item queries all others by Euclidean distance. `gallery`
     (N, D) holds other embeddings of the same items; with it, every item queries the gallery without
@@ -512,12 +544,12 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     ValueError if lengths differ, FloatingPointError on nan or inf. Memory is linear in N.
 
     An item of the query's label is right, any other one is wrong. R is the number of right items.
-    (A) The i-th nearest right item has rank_i = i + the number of wrong items that are nearer or at
-        the same distance.
-    (B) All metrics follow from these ranks (Section 4.3): MAP@R = sum_i [rank_i <= R] i / rank_i /
-        R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
-    (C) A right item with R or more wrong items before it has a rank above R and adds nothing. So
-        the R nearest wrong items are enough, except for Recall@K, whose K may exceed R."""
+    Rule 1. The i-th nearest right item has rank_i = i + the number of wrong items that are nearer
+            or at the same distance.
+    Rule 2. All metrics follow from these ranks (§4.3): MAP@R = sum_i [rank_i <= R] i /
+            rank_i / R, R-precision = sum_i [rank_i <= R] / R, Recall@K = [rank_1 <= K].
+    Rule 3. A right item with R or more wrong items before it has a rank above R and adds nothing.
+            So the R nearest wrong items are enough, except for Recall@K, whose K may exceed R."""
     # DIFF: the query itself is removed from its results, not whatever comes first.
     # DIFF: at equal distance, wrong items rank before right ones.
     # So equal embeddings score 0 in MAP@R if there are enough wrong items, in any order of files.
@@ -526,7 +558,8 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     gallery = embeddings if gallery is None else torch.as_tensor(gallery)
     labels = torch.as_tensor(labels, device=device)
     if not count == len(labels) == len(gallery):
-        raise ValueError(f"{count} embeddings, {len(labels)} labels, {len(gallery)} in the gallery")
+        raise ValueError(f"the lengths differ: {count} embeddings, {len(labels)} labels, "
+                         f"{len(gallery)} items in the gallery")
     if not (embeddings.isfinite().all() and gallery.isfinite().all()):
         raise FloatingPointError("the embeddings contain nan or inf")
 
@@ -540,8 +573,8 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     if ignored is not None:
         place = order.argsort()  # of each item in the sorted order
         ignored = place[torch.as_tensor(ignored, device=device)[order]]
-        of_class = (ignored >= first) & (ignored < first + size) & (ignored != left_out[:, 0])
-        R = R - of_class.long()
+        is_right = (ignored >= first) & (ignored < first + size) & (ignored != left_out[:, 0])
+        R = R - is_right.long()
         left_out = torch.cat([left_out, ignored[:, None]], dim=1)
 
     # q . g - |g|^2 / 2 is larger for nearer items g. An extra dimension adds the second term.
@@ -555,15 +588,17 @@ def query_metrics(embeddings, labels, ks, gallery=None, ignored=None):
     # One class size at a time, so that the right items of Q queries form a rectangle (Q, n - 1).
     for n in sizes[sizes > 1].unique().tolist():
         i = torch.arange(1, n, device=device)  # numbers the right items
-        for q in (size == n).nonzero()[:, 0].split(max(1, 2**24 // count)):  # (Q,) queries
+        # (Q,) queries at a time, with at most 2**24 similarities: 64 MiB in float32
+        for q in (size == n).nonzero()[:, 0].split(max(1, 2**24 // count)):
             near = (queries[q] @ columns.T).scatter_(1, left_out[q], -math.inf)  # (Q, N)
-            of_class = first[q, None] + torch.arange(n, device=device)  # (Q, n)
-            right = near.gather(1, of_class).sort(descending=True).values[:, :n - 1].contiguous()
-            wrong = near.scatter_(1, of_class, -math.inf)
-            nearest_wrong = wrong.topk(n - 1).values  # (C)
-            # (A) A right item that is left out is at -inf, so its rank exceeds R.
+            class_items = first[q, None] + torch.arange(n, device=device)  # (Q, n)
+            right = near.gather(1, class_items).sort(descending=True).values
+            right = right[:, :n - 1].contiguous()
+            wrong = near.scatter_(1, class_items, -math.inf)  # `near` is not needed any more
+            nearest_wrong = wrong.topk(n - 1).values  # Rule 3
+            # Rule 1. A right item that is left out is at -inf, so its rank exceeds R.
             ranks = i + torch.searchsorted(-nearest_wrong, -right, right=True)  # (Q, n - 1)
-            found = ranks <= R[q, None]  # (B)
+            found = ranks <= R[q, None]  # Rule 2
             first_rank = 1 + (wrong >= right[:, :1]).sum(dim=1)
             values["map@r"][order[q]] = (found * i / ranks).sum(dim=1) / R[q]  # 0 / 0 is nan
             values["r_precision"][order[q]] = found.sum(dim=1) / R[q]
@@ -592,7 +627,7 @@ def retrieval_metrics(embeddings, labels, ks, gallery=None, ignored=None):
 def mean_metrics(values):
     """The means of query_metrics(). Raises ValueError if no query has a right item."""
     if values["map@r"].isnan().all():
-        raise ValueError("no label occurs twice, so there is nothing to retrieve")
+        raise ValueError("no query has a right item, so there is nothing to retrieve")
     return {name: float(column.nanmean()) for name, column in values.items()}
 
 
@@ -600,17 +635,21 @@ def mean_metrics(values):
 def fooled_and_confused(clean, any_class, labels, lenders):
     """A wrong object in front of the query's own background, and a right object in front of another
     background: how often is the wrong one nearer to the query? clean (N, D): the photos. any_class
-    (draws, N, D): the same objects in front of the backgrounds of the photos lenders (draws, N).
-    -> two tensors (draws, N), from 0 to 1; nan where a query is left out.
+    (draws, N, D): in draw k, object i is in front of the background of photo lenders[k, i]. Returns
+    two tensors (draws, N), from 0 to 1; nan where a query is left out.
 
     In each draw, one photo stands in front of the query's background. If its class is another one,
     it is the impostor. If not, the query is left out of this draw.
-    fooled:   the share of the query's right photos, as they stand in this draw, that are farther
-              from the query than the impostor. Ties count half. 0: only the object counts. 1: only
-              the background counts. 0.5: a constant network.
-    confused: the same with the impostor as it stands in the next draw, in front of a background
-              that is not the query's. A network that sees only objects, badly, is fooled and
-              confused alike. So the difference between the two comes from the background.
+    fooled:   the share of the query's right photos, with their backgrounds of this draw, that are
+              farther from the query than the impostor. Ties count half. 0: only the object counts.
+              1: only the background counts. 0.5: a constant network.
+    confused: the same with the impostor on its background of the next draw, which is not the
+              query's. A network that ignores backgrounds, but recognises objects badly, has equal
+              values of both. So their difference comes from the background.
+
+    An example: the right photos of a query are at distances 1 and 3. The impostor is at distance 2
+    in front of the query's background, and at distance 4 elsewhere. Then one of two right photos is
+    farther than the impostor, fooled = 1/2, and confused = 0.
     Geirhos et al. (2019) set shape against texture in this way."""
     labels = np.asarray(labels)
     fooled, confused = torch.full((2, *lenders.shape), torch.nan, dtype=torch.float64)
@@ -663,7 +702,7 @@ class State:
 
     @property
     def scores(self):
-        """The validation MAP@R that selects the best epoch, of epoch 0, 1, 2, ..."""
+        """The validation MAP@R in the condition args.select, of epochs 0, 1, 2, ..."""
         return [row[self.args.select]["map@r"] for row in self.history]
 
     @property
@@ -694,23 +733,23 @@ class State:
 
 
 def train(args, splits, state, run):
-    """Trains for epochs of `iterations` batches, each followed by a validation (Section 4). Starts
-    from `state`. Stops after `patience` epochs without improvement, or after `epochs`. Writes
-    log.jsonl, best.pt (the best epoch) and last.pt (for resuming). Raises UserError."""
+    """Trains from `state`. An epoch has `iterations` batches and then a validation (§4).
+    Stops after `patience` epochs without improvement, or after `epochs`. Writes log.jsonl, best.pt
+    (the best epoch) and last.pt (for resuming) into the folder `run`. Raises UserError."""
     network = state.network
     sampler = make_sampler(splits["train"].labels, args.loss, args.batch_size)
     training_batches = make_training_batches(args, splits["train"], sampler)
     # Validate on the reference condition, and on the one that selects the best epoch.
-    lent = ("any_class",) if "any_class" in (args.reference, args.select) else ()
-    validation_batches = make_evaluation_batches(args, splits["val"], "val", draws=1, lent=lent)
+    conditions = ("any_class",) if "any_class" in (args.reference, args.select) else ()
+    validation_batches = make_evaluation_batches(args, splits["val"], "val", 1, conditions)
     # Both loaders last until the end, so that workers start once and prefetch during validations.
     first, last = state.finished_epochs * args.iterations, args.epochs * args.iterations
     training_loader = load_batches(training_batches, args, range(first, last))
     per_epoch = validation_batches.per_epoch
-    numbers = [*range(state.finished_epochs * per_epoch, args.epochs * per_epoch)]
+    batch_numbers = [*range(state.finished_epochs * per_epoch, args.epochs * per_epoch)]
     if not state.history:  # epoch 0 sees the backgrounds of epoch 1
-        numbers = [*range(per_epoch), *numbers]
-    validation_loader = load_batches(validation_batches, args, numbers)
+        batch_numbers = [*range(per_epoch), *batch_numbers]
+    validation_loader = load_batches(validation_batches, args, batch_numbers)
     if not state.history:
         scores = validate(network, validation_batches, validation_loader)
         state.history.append({"epoch": 0, "loss": None, **scores})
@@ -723,16 +762,16 @@ def train(args, splits, state, run):
         for step in progress(range(args.iterations), f"steps of epoch {epoch}"):
             photos, labels, backgrounds = next(training_loader)
             images, masks = unpack(photos)
-            # Seed only now: without workers, next() makes the crops in this process and seeds too.
+            # Seed after next(): without workers, it crops in this process and seeds, too.
             torch.manual_seed(seed_of(args.seed, STEP_SEED, epoch, step))
             if args.bgaugment == "pool":  # BGAugment, the paper's method
                 images = replace_background(images, masks, backgrounds)
-            elif args.bgaugment == "own":  # the lenders' backgrounds instead of a pool's
+            elif args.bgaugment == "own":  # `backgrounds` are the lenders' photos and masks
                 emptied = remove_object(*unpack(backgrounds))
-                pasted = replace_background(images, masks, emptied)
-                # Half of the photos stay as they are: this costs less on clean photos.
+                replaced = replace_background(images, masks, emptied)
+                # Half of the photos stay as they are. In our trials, clean MAP@R fell less then.
                 chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-                images = torch.where(chosen, pasted, images)
+                images = torch.where(chosen, replaced, images)
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
             state.optimiser.zero_grad()
@@ -766,22 +805,6 @@ def validate(network, validation_batches, validation_loader):
 
 # ---- 8. Test -------------------------------------------------------------------------------------
 
-# The conditions of the test. Query and gallery are changed alike, except in `query`.
-#
-#   clean             the photo
-#   replaced          the object in front of a photo of the pool (the paper's test)
-#   same_class        ... of the background of another test photo of its class
-#   any_class         ... of the background of another test photo
-#   pasted            ... of its own background, with the object filled in: what cutting costs
-#   object_only       ... of a plain colour
-#   background_only   the background, with the object filled in
-#   photo_and_object  the mean of the embeddings of clean and object_only
-#   query             queries in the reference condition, a clean gallery
-#   chance            random embeddings
-#
-# The reference condition, args.reference, is `replaced` if there is a pool, else `any_class`. The
-# validation has clean photos, the reference condition, and args.select, which selects the epoch.
-
 
 def replaced_views(images, masks, batch):
     """Yields (condition, images (B, 3, S, S)) of an EvaluationBatch, whose photos are `images` and
@@ -789,7 +812,7 @@ def replaced_views(images, masks, batch):
     yield "clean", images
     for background in batch.backgrounds:  # the paper's test
         yield "replaced", replace_background(images, masks, background)
-    for condition, draws in batch.lenders.items():
+    for condition, draws in batch.lender_photos.items():
         for lender_photos in draws:
             emptied = remove_object(*unpack(lender_photos))
             yield condition, replace_background(images, masks, emptied)
@@ -828,7 +851,7 @@ def run_test(network, test_batches, args):
     embeddings = embed(network, items, all_views)
     check_finite(embeddings, test_batches.photos)
     labels, clean = test_batches.labels, embeddings["clean"][0]
-    lenders = test_batches.lenders(epoch=0)["any_class"]
+    lenders = test_batches.lender_indices()["any_class"]
 
     # Two more conditions need no forward pass.
     both = embeddings["clean"] + embeddings["object_only"]
@@ -841,29 +864,29 @@ def run_test(network, test_batches, args):
     for condition, draws in embeddings.items():
         for draw in draws:
             values[condition].append(query_metrics(draw, labels, ks))
-    # In `query`, only the query has another background. A photo that lent this background would be
-    # found by it, so it leaves the gallery.
+    # In `query`, only the query has another background. The photo that lent it has the same one.
+    # The query would find it for that reason, so we leave it out of the gallery.
     for k, draw in enumerate(embeddings[args.reference]):
         lender = lenders[k] if args.reference == "any_class" else None
         values["query"].append(query_metrics(draw, labels, ks, gallery=clean, ignored=lender))
     fooled, confused = fooled_and_confused(clean, embeddings["any_class"], labels, lenders)
-    return (means_of_draws(values, fooled, confused),
-            means_of_photos(values, fooled, confused, args.reference))
+    return (metrics_per_draw(values, fooled, confused),
+            percent_per_photo(values, fooled, confused, args.reference))
 
 
-def means_of_draws(values, fooled, confused):
-    """The first result of run_test(). A draw in which all queries are left out has no mean."""
+def metrics_per_draw(values, fooled, confused):
+    """The first result of run_test(). A draw without any query is skipped."""
     result = {"test": {}}
     for condition, draws in values.items():
-        asked = [draw for draw in draws if not draw["map@r"].isnan().all()]
-        result["test"][condition] = [mean_metrics(draw) for draw in asked]
+        usable = [draw for draw in draws if not draw["map@r"].isnan().all()]
+        result["test"][condition] = [mean_metrics(draw) for draw in usable]
     for name, shares in (("fooled", fooled), ("confused", confused)):
         means = shares.nanmean(dim=1)
         result[name] = means[~means.isnan()].tolist()
     return result
 
 
-def means_of_photos(values, fooled, confused, reference):
+def percent_per_photo(values, fooled, confused, reference):
     """The second result of run_test(): average precisions (MAP@R of one query), the drop in points
     from clean to the reference condition, and the shares."""
     photos = {}
@@ -1040,7 +1063,7 @@ def mask_path(root, image):
 
 
 def load_splits(dataset, data="data", *, measure=None, need_masks=True):
-    """{"train", "val", "test", "left_out": Split} of a dataset (Section 4.1). `measure` is None for
+    """{"train", "val", "test", "left_out": Split} of a dataset (§4.1). `measure` is None for
     a run with training, "test" for the classes that such a run tests, "all" for all classes as test
     classes. Without `need_masks`, masks may be missing and classes few. Raises UserError."""
     root = dataset_root(dataset, data)
@@ -1378,7 +1401,7 @@ TrainingBatch = namedtuple("TrainingBatch", "photos labels backgrounds")
 # A test batch. photos: (B, 4, S, S) uint8, cropped at the centre. labels: (B,). backgrounds: photos
 # of the pool, a list of (B, 3, S, S) uint8, one for each draw; empty without a pool. lenders:
 # {condition: list of (B, 4, S, S) uint8}, photos and masks of the lenders of each draw.
-EvaluationBatch = namedtuple("EvaluationBatch", "photos labels backgrounds lenders")
+EvaluationBatch = namedtuple("EvaluationBatch", "photos labels backgrounds lender_photos")
 
 
 def seed_of(*numbers):
@@ -1428,21 +1451,21 @@ class EvaluationBatches(torch.utils.data.Dataset):
     """Item n is an EvaluationBatch. The first `per_epoch` items hold all photos in order, or those
     in `rows`; the next items hold them again, with other backgrounds, as each validation needs.
     `draws` is the number of backgrounds for each photo: of the pool, if there is one, and for each
-    condition in `lent` (same_class, any_class) of other photos. `rows` does not change them."""
+    one of `conditions` (same_class, any_class) of other photos. `rows` does not change them."""
 
-    def __init__(self, photos, labels, size, seed, draws=0, pool=None, lent=(), rows=None):
+    def __init__(self, photos, labels, size, seed, draws=0, pool=None, conditions=(), rows=None):
         self.photos, self.labels = photos, torch.as_tensor(labels)
         self.size, self.seed = size, seed
-        self.draws, self.pool, self.lent = draws, pool, lent
+        self.draws, self.pool, self.conditions = draws, pool, conditions
         self.rows = range(len(photos)) if rows is None else rows
         self.per_epoch = math.ceil(len(self.rows) / EVAL_BATCH)
 
     @functools.lru_cache(maxsize=1)  # of one epoch
-    def lenders(self, epoch):
+    def lender_indices(self, epoch=0):
         """{condition: (draws, N) indices of the photos that lend their background}"""
         groups = {"same_class": self.labels, "any_class": torch.zeros_like(self.labels)}
         return {condition: draw_test_lenders(groups[condition], (*self.seed, epoch), self.draws)
-                for condition in self.lent}
+                for condition in self.conditions}
 
     def crops(self, indices):
         """Photos and masks: (B, 4, S, S)."""
@@ -1456,11 +1479,11 @@ class EvaluationBatches(torch.utils.data.Dataset):
             seed_crops(*self.seed, epoch, index)
             backgrounds.append([random_view(draw_background(self.pool), self.size)
                                 for _ in range(self.draws)])
-        lent = {}
-        for condition, lenders in self.lenders(epoch).items():
-            lent[condition] = [self.crops(draw[indices]) for draw in lenders]
+        lender_photos = {}
+        for condition, lenders in self.lender_indices(epoch).items():
+            lender_photos[condition] = [self.crops(draw[indices]) for draw in lenders]
         return EvaluationBatch(self.crops(indices), self.labels[indices],
-                               [torch.stack(draw) for draw in zip(*backgrounds)], lent)
+                               [torch.stack(draw) for draw in zip(*backgrounds)], lender_photos)
 
 
 def make_training_batches(args, split, sampler):
@@ -1473,7 +1496,7 @@ def make_training_batches(args, split, sampler):
                            args.bgaugment, pool)
 
 
-def make_evaluation_batches(args, split, name, draws, lent, *, rows=None, keep=True):
+def make_evaluation_batches(args, split, name, draws, conditions, *, rows=None, keep=True):
     """The EvaluationBatches of a Split, which is the `name` split: val or test. It decides which
     photos are the pool, if there is one. Without draws, no pool is needed."""
     pool = None
@@ -1481,7 +1504,8 @@ def make_evaluation_batches(args, split, name, draws, lent, *, rows=None, keep=T
         pool = Photos(list_backgrounds(args, name), None, args.image_size)
     seed = args.seed, {"val": VAL_SEED, "test": TEST_SEED}[name]
     photos = Photos(split.images, split.masks, args.image_size, keep=keep)
-    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, lent, rows)
+    return EvaluationBatches(photos, split.labels, args.image_size, seed, draws, pool, conditions,
+                             rows)
 
 
 def load_batches(batches, args, numbers=None):
@@ -2206,7 +2230,7 @@ def compare_variants(rows):
 
 
 def report(folder, only=None):
-    """Markdown tables of all finished runs in `folder` beside the paper's (Sections 4.3 and 5): two
+    """Markdown tables of all finished runs in `folder` beside the paper's (§4.3 and §5): two
     for each test set. With `only`, a run's folder, those of its test set. Raises UserError if there
     is no finished run."""
     tables = defaultdict(lambda: defaultdict(dict))  # {heading: {row: {seed: result}}}
@@ -2586,7 +2610,7 @@ def main(argv=None):
 
     # 6. Test. result.json comes last: it says that the run is finished.
     test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
-                                           lent=("same_class", "any_class"))
+                                           conditions=("same_class", "any_class"))
     if args.measure:
         test_batches.photos.warn_of_masks("test")
         test_batches.photos.warn_of_crop("test")

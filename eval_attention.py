@@ -169,9 +169,9 @@ def mask_of(run, row):
     return TF.center_crop(TF.pil_to_tensor(mask), size)[0] / 255
 
 
-def batches_of(run, rows, draws=0, lent=()):
+def batches_of(run, rows, draws=0, conditions=()):
     """The EvaluationBatches of these test images, which are decoded on access."""
-    return make_evaluation_batches(run.args, run.split, "test", draws, lent, rows=rows, keep=False)
+    return make_evaluation_batches(run.args, run.split, "test", draws, conditions, rows=rows, keep=False)
 
 
 def attention_maps(run, rows, network):
@@ -409,7 +409,7 @@ def ignored_photos(batches, rows, condition):
     queries = torch.as_tensor(rows)[:, None]
     if condition != "any_class":
         return queries
-    lenders = torch.as_tensor(batches.lenders(epoch=0)[condition][0])
+    lenders = torch.as_tensor(batches.lender_indices()[condition][0])
     return torch.cat([queries, lenders[queries]], dim=1)
 
 
@@ -443,7 +443,7 @@ def find_misled(run, batches, rows, near):
 
 def versions_of(run, rows):
     """Yields for each query {condition: the photo on draw 0 of its backgrounds, (3, S, S) uint8}"""
-    batches = batches_of(run, rows, draws=1, lent=("same_class", "any_class"))
+    batches = batches_of(run, rows, draws=1, conditions=("same_class", "any_class"))
     for batch in bgbias.load_batches(batches, run.args):
         views = dict(bgbias.all_views(*bgbias.unpack(batch.photos), batch))
         for k in range(len(batch.photos)):
@@ -455,8 +455,8 @@ def draw_neighbours(group, count, file, *, worst):
     nearest to the last version. With `worst`, only queries that the new background misleads."""
     first = next(iter(group.values()))
     args, split, reference = first.args, first.split, first.args.reference
-    lent = ("any_class",) if reference == "any_class" else ()
-    batches = make_evaluation_batches(args, split, "test", draws=1, lent=lent)
+    conditions = ("any_class",) if reference == "any_class" else ()
+    batches = make_evaluation_batches(args, split, "test", 1, conditions)
     labels, rows = batches.labels, shuffled(first)[:CANDIDATES if worst else count]
     near = {title: nearest(run, batches, rows) for title, run in group.items()}
     places = range(len(rows))
@@ -496,13 +496,13 @@ def occlusion(run, network, rows):
     background, how far when it replaces the object, and object_area. The other background is that
     of draw 0 of the run's reference condition."""
     args, distance, moves = run.args, DISTANCES[run.args.loss], []
-    lent = ("any_class",) if args.reference == "any_class" else ()
-    for batch in bgbias.load_batches(batches_of(run, rows, draws=1, lent=lent), args):
+    conditions = ("any_class",) if args.reference == "any_class" else ()
+    for batch in bgbias.load_batches(batches_of(run, rows, draws=1, conditions=conditions), args):
         images, masks = bgbias.unpack(batch.photos)
         if args.reference == "replaced":
             other = batch.backgrounds[0]
         else:
-            other = bgbias.remove_object(*bgbias.unpack(batch.lenders["any_class"][0]))
+            other = bgbias.remove_object(*bgbias.unpack(batch.lender_photos["any_class"][0]))
         versions = (images, bgbias.replace_background(images, masks, other),
                     bgbias.replace_background(other, masks, images))
         e, new_background, new_object = (network(network.normalise(x)) for x in versions)

@@ -331,7 +331,8 @@ def test_limit_scores_random_images(runs, capsys):
 
 
 def test_a_larger_limit_scores_again_and_a_smaller_one_uses_what_is_there(runs, capsys, scored):
-    for limit, expected, images in ((5, [5], 5), (3, [], 5), (5, [], 5), (7, [7], 7), (None, [N], N - 1), (5, [], N - 1)):
+    steps = (5, [5], 5), (3, [], 5), (5, [], 5), (7, [7], 7), (None, [N], N - 1), (5, [], N - 1)
+    for limit, expected, images in steps:
         evaluate(runs[0], *(["--limit", limit] if limit else []))
         row, = rows_of_table(capsys.readouterr().out)
         assert scored == expected and row["images"] == str(images), limit
@@ -624,7 +625,7 @@ def test_lenders_leave_the_gallery(poolless, any_class, slow_poolless):
 def test_a_query_without_a_right_photo_is_not_misled(reference, expected):
     """The lender of photo 0 is the only other one of its class. Photo 2 is right, photo 3 is so nowhere."""
     lenders = np.array([[1, 2, 0, 5, 3, 4]])
-    batches = Namespace(labels=torch.tensor([0, 0, 1, 1, 1, 2]), lenders=lambda epoch: {"any_class": lenders})
+    batches = Namespace(labels=torch.tensor([0, 0, 1, 1, 1, 2]), lender_indices=lambda: {"any_class": lenders})
     near = {"clean": torch.tensor([[1], [0], [3], [0], [2]]), reference: torch.tensor([[2], [2], [4], [0], [0]])}
     run = Namespace(args=Namespace(reference=reference))
     assert ea.find_misled(run, batches, [0, 1, 2, 3, 4], near) == expected
@@ -635,7 +636,7 @@ def test_few_photos_have_fewer_neighbours(base, poolless):
     found = nearest(four, [0, 3])["replaced"]
     assert [sorted(row) for row in found.tolist()] == [[1, 2, 3], [0, 1, 2]]
     four = poolless._replace(split=four.split)
-    lenders = batches_of(four).lenders(epoch=0)["any_class"][0]
+    lenders = batches_of(four).lender_indices(epoch=0)["any_class"][0]
     found = nearest(four, [0, 3])["any_class"]
     assert [{*row} for row in found.tolist()] == [{0, 1, 2, 3} - {q, lenders[q]} for q in (0, 3)]
 

@@ -192,7 +192,7 @@ def measured(labels, pool, seed=1):
     batches = planted(some(60), some(60), labels, [*rng.integers(0, 256, (8, 3))] if pool else None, seed)
     network, args = MeanColour(), arguments(batches)
     embeddings = bgbias.embed(network, load_batches(batches, args), bgbias.all_views)
-    return embeddings, batches.lenders(0), *run_test(network, batches, args)
+    return embeddings, batches.lender_indices(0), *run_test(network, batches, args)
 
 
 @pytest.mark.parametrize("pool", [False, True])

@@ -489,14 +489,14 @@ def test_replacing_backgrounds_changes_nothing_else(album):
     none, *some = [evaluation(photos, pool=pool, draws=draws, lent=lent)[0] for pool, draws, lent in (
         (None, 0, ()), (POOL, 1, ()), (POOL, 5, ()), (POOL, 5, LENT), (POOL, 2, ("any_class",)), (None, 3, LENT))]
     most = some[2]
-    assert none.backgrounds == [] and none.lenders == {}
+    assert none.backgrounds == [] and none.lender_photos == {}
     for batch in some:
         assert torch.equal(batch.photos, none.photos) and torch.equal(batch.labels, none.labels)
         assert all(map(torch.equal, batch.backgrounds, most.backgrounds))
-        for condition, draws in batch.lenders.items():
-            assert all(map(torch.equal, draws, most.lenders[condition]))
+        for condition, draws in batch.lender_photos.items():
+            assert all(map(torch.equal, draws, most.lender_photos[condition]))
     assert [len(batch.backgrounds) for batch in some] == [1, 5, 5, 2, 0]
-    assert [[*batch.lenders] for batch in some] == [[], [], [*LENT], ["any_class"], [*LENT]]
+    assert [[*batch.lender_photos] for batch in some] == [[], [], [*LENT], ["any_class"], [*LENT]]
 
 
 def on_cpu(workers):
@@ -525,7 +525,7 @@ def epochs_of(batches, numbers, workers=0):
     joined = []
     for first in range(0, len(items), per_epoch):
         some = items[first:first + per_epoch]
-        drawn = [{"replaced": item.backgrounds, **item.lenders} for item in some]
+        drawn = [{"replaced": item.backgrounds, **item.lender_photos} for item in some]
         drawn = {name: torch.cat([torch.stack(part[name]) for part in drawn], dim=1) for name in drawn[0]}
         joined.append((torch.cat([item.photos for item in some]), torch.cat([item.labels for item in some]), drawn))
     return joined
@@ -542,7 +542,7 @@ def test_evaluation_goes_through_all_photos_in_order_once_per_epoch(album, monke
     for b in range(len(SIZES)):  # each epoch draws backgrounds of its own for each photo
         drawn = [backgrounds["replaced"][:, b].flatten().tolist() for _, _, backgrounds in (first, second, third)]
         assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
-    cycles = {tuple(batches.lenders(epoch)["any_class"][0].tolist()) for epoch in range(20)}
+    cycles = {tuple(batches.lender_indices(epoch)["any_class"][0].tolist()) for epoch in range(20)}
     assert len(cycles) > 14  # of 120
 
 
@@ -596,7 +596,7 @@ def test_lenders_in_evaluation_are_cropped_at_the_centre_with_their_masks(number
     for seed in range(5):
         batches = evaluation(numbered, labels, pool=None, draws=5, lent=LENT, seed=(seed, 2))
         for epoch in range(3):
-            lenders = batches.lenders(epoch)
+            lenders = batches.lender_indices(epoch)
             assert {*lenders} == {*LENT}
             assert np.array_equal(lenders["same_class"], draw_test_lenders(labels, (seed, 2, epoch), 5))
             assert np.array_equal(lenders["any_class"], draw_test_lenders([0] * 6, (seed, 2, epoch), 5))
@@ -604,7 +604,7 @@ def test_lenders_in_evaluation_are_cropped_at_the_centre_with_their_masks(number
             for n, rows in ((0, range(4)), (1, range(4, 6))):
                 batch = batches[2 * epoch + n]
                 assert batch.backgrounds == [] and torch.equal(batch.photos, crops[rows])
-                for condition, draws in batch.lenders.items():
+                for condition, draws in batch.lender_photos.items():
                     assert len(draws) == len(lenders[condition])
                     for draw, expected in zip(draws, lenders[condition]):
                         assert torch.equal(draw, crops[expected[rows]])
@@ -677,7 +677,7 @@ def test_embed_composites_pixels_and_then_normalises(backbone):
     for photo in photos:
         photo[3] *= box(64, 20, 50, 10, 40).byte()
     batches = EvaluationBatches(photos, [0, 0, 1, 1], 64, (1,), 5, pool, LENT)
-    batch, lenders = batches[0], batches.lenders(0)
+    batch, lenders = batches[0], batches.lender_indices(0)
     assert len(lenders["same_class"]) == 1 and len(lenders["any_class"]) == 3
     found, validation = (bgbias.embed(model, [batch], views) for views in (bgbias.all_views, bgbias.replaced_views))
     mean, std, order = INPUTS[backbone]
