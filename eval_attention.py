@@ -171,7 +171,8 @@ def mask_of(run, row):
 
 def batches_of(run, rows, draws=0, conditions=()):
     """The EvaluationBatches of these test images, which are decoded on access."""
-    return make_evaluation_batches(run.args, run.split, "test", draws, conditions, rows=rows, keep=False)
+    return make_evaluation_batches(run.args, run.split, "test", draws, conditions, rows=rows,
+                                   keep=False)
 
 
 def attention_maps(run, rows, network):
