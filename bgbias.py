@@ -1603,8 +1603,12 @@ def build_network(name, weights):
             fit_weights(network, state, ("last_linear",), weights)
         return network
     if name in TORCHVISION:
-        pretrained = "DEFAULT" if weights == "imagenet" else None
-        return torchvision.models.get_model(name, weights=pretrained)
+        if weights == "imagenet":
+            return torchvision.models.get_model(name, weights=default_weights(name))
+        options = {}
+        if name.startswith("vit_"):  # otherwise vit_h_14 would be built for 224 px, not for 518
+            options["image_size"] = default_weights(name).meta["min_size"][0]
+        return torchvision.models.get_model(name, weights=None, **options)
     raise UserError(f"--backbone {name}: unknown, or not available with --weights {weights}; give "
                     "bninception, smallconv, a torchvision classifier, or FOLDER:NAME")
 

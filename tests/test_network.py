@@ -412,6 +412,14 @@ def test_size_without_a_flag(name, dataset, size):
     assert args.image_size == 100 and args.settings["image_size"] == 100
 
 
+@pytest.mark.parametrize("name", [name for name in bgbias.TORCHVISION if name.startswith("vit_")])
+def test_a_vision_transformer_is_built_for_its_default_size(name):
+    """torchvision builds vit_h_14 for 224 px, unless it loads its weights, which are for 518."""
+    with torch.device("meta"):  # shapes without numbers
+        network = bgbias.build_network(name, "none")
+    assert network.image_size == bgbias.default_image_size(name, "cub200")
+
+
 @pytest.mark.parametrize("name, size, right", [("alexnet", 32, 224), ("vit_b_32", 227, 224)])
 def test_error_a_size_that_a_network_cannot_take(name, size, right):
     with pytest.raises(UserError, match=f"--image-size {size}: {name} .*--image-size {right}$"):
