@@ -2,7 +2,7 @@
 model, replaces the backgrounds of its test photos, and measures how far retrieval drops. It
 implements Kobs & Hotho, "On Background Bias in Deep Metric Learning" (ICMV 2022, arXiv:2210.01615).
 
-    python bgbias.py                                # toy data, contrastive loss, about a minute
+    python bgbias.py                                # toy data, contrastive loss, a few minutes
     python bgbias.py --dataset cars196 --loss contrastive --bgaugment     # a run of the paper
     python bgbias.py --dataset my_photos --measure  # no training; my_photos/images/<class>/
     python bgbias.py --report runs                  # all runs in one table, beside the paper's
@@ -764,13 +764,13 @@ def train(args, splits, state, run):
             images, masks = unpack(photos)
             # Seed after next(): without workers, it crops in this process and seeds, too.
             torch.manual_seed(seed_of(args.seed, STEP_SEED, epoch, step))
-            if args.bgaugment == "pool":  # BGAugment, the paper's method
-                images = replace_background(images, masks, backgrounds)
-            elif args.bgaugment == "own":  # `backgrounds` are the lenders' photos and masks
-                emptied = remove_object(*unpack(backgrounds))
-                replaced = replace_background(images, masks, emptied)
-                # Half of the photos stay as they are. In our trials, clean MAP@R fell less then.
-                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            if args.bgaugment != "none":  # BGAugment, the paper's method
+                if args.bgaugment == "own":  # `backgrounds` are the lenders' photos and masks
+                    backgrounds = remove_object(*unpack(backgrounds))
+                replaced = replace_background(images, masks, backgrounds)
+                # The paper replaces all. With own backgrounds, clean MAP@R fell less for half.
+                share = 1.0 if args.bgaugment == "pool" else 0.5
+                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < share
                 images = torch.where(chosen, replaced, images)
             embeddings = network(network.normalise(images))
             loss = LOSSES[args.loss](embeddings, labels, state.class_weights, **args.hparams)
@@ -1987,11 +1987,9 @@ CHAIN = {"pasted": "cutting and pasting", "same class": "another background of t
 RESAMPLES = 2000  # of the bootstrap
 NOISY = 20  # with fewer classes, a mean over them depends on which classes they are
 NOTES = """MAP@R and R@1 (Recall@1) are in %. *drop %* is the fall of MAP@R from clean to the
-condition in parentheses, in % of clean. *fooled %*: another object in front of the query's own
-background is nearer to the query than the right object elsewhere; *confused %*: the same with this
-object in front of yet another background. 50 is a coin toss. Numbers after ± are standard
-deviations: over the seeds or, with one seed, over the draws of backgrounds (for attention: over the
-photos)."""
+condition in parentheses, in % of clean. Numbers after ± are standard deviations: over the seeds;
+with one seed, over the draws of backgrounds (for attention: over the photos). README, "What the
+numbers mean", explains all columns."""
 
 
 def read_result(run):
@@ -2335,10 +2333,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train an image retrieval model and measure its background bias.",
         epilog=f"""Defaults are in brackets. They are the paper's. The toy set has its own:
-{TOY_DEFAULTS}
+{flags_of(TOY_DEFAULTS)}
 
 commands:
-  python bgbias.py                                   the toy set, a minute
+  python bgbias.py                                   the toy set, a few minutes
   python bgbias.py --dataset my_photos --measure     a network as it is, on your own photos
   python bgbias.py --dataset cars196 --bgaugment     a run of the paper""",
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -2361,8 +2359,8 @@ commands:
     add = parser.add_argument_group("training").add_argument
     add("--loss", choices=LOSSES, default="contrastive", help="[contrastive]")
     add("--bgaugment", nargs="?", choices=("none", "pool", "own"), const="pool", default="none",
-        help="replace the backgrounds of training photos; alone or with pool: by photos of the "
-        "pool, as the paper does; with own: by backgrounds of other training photos [none]")
+        help="replace the backgrounds of training photos; pool (or no value): by photos of the "
+        "pool, as the paper does; own: by backgrounds of other training photos [none]")
     add("--epochs", type=int, help=f"the largest number of epochs [{DEFAULTS['epochs']}]")
     add("--iterations", type=int, help=f"batches per epoch [{DEFAULTS['iterations']}]")
     add("--patience", type=int, help="stop after so many epochs without improvement "
@@ -2392,6 +2390,12 @@ commands:
     args.name = os.path.basename(os.path.abspath(args.dataset))
     check_args(args)
     return args
+
+
+def flags_of(settings):
+    """The settings as flags of the command line, on two lines."""
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    return f"{' '.join(flags[:3])}\n{' '.join(flags[3:])}"
 
 
 def default_settings(args):
@@ -2548,8 +2552,9 @@ def check_config(run, config):
         ignored |= set(HOW_TO_TRAIN)
     for key in sorted(config["args"].keys() - ignored):
         if key in before["args"] and before["args"][key] != config["args"][key]:
-            raise UserError(f"{run}: its {key} was {before['args'][key]}, not "
-                            f"{config['args'][key]}; restore it, or give a new folder with --runs")
+            what = "hyper-parameters" if key == "hparams" else key.replace("_", " ")
+            raise UserError(f"{run}: {what} {before['args'][key]} became {config['args'][key]}; "
+                            "restore the value, or give a new folder with --runs")
     for key in ("data", "network", "weights"):  # None if a weights file is gone
         if None not in (before.get(key), config[key]) and before[key] != config[key]:
             raise UserError(f"{run}: the files of its {key} have changed; restore them, or give a "
@@ -2578,28 +2583,29 @@ def main(argv=None):
     if finished or resumed:
         check_config(run, config)
     if finished:
-        print(f"{run} is finished; delete its result.json to test it again")
+        print(f"{run} is finished; delete its result.json to test it again, or the folder to train "
+              "it again (as after a change of the code)")
         return print(f"\n{report(run.parent, only=run)}\n\n{NOTES}")
 
-    # 3. What is wrong with the data must be known before hours of training, not after.
+    # 3. The network. A resumed run loads its weights from last.pt, so it needs no download.
     check_masks(splits)
+    weights = "none" if resumed else args.weights
+    state = State(args, len(np.unique(splits["train"].labels)), weights)
+    if resumed:
+        state.load(run / "last.pt")
+    if not args.measure:
+        check_trainable(args, state.network)
+    print_network(args, run, state)
+
+    # 4. What is wrong with the photos must be known before hours of training, not after.
     warn_of_copies(args, splits)
     warn_of_few_classes(args, splits)
     if not args.measure:
         check_photos(args, splits["test"])
-
-    # 4. The network. A resumed run loads its weights from last.pt, so it needs no download.
-    weights = "none" if resumed else args.weights
-    state = State(args, len(np.unique(splits["train"].labels)), weights)
-    if not args.measure:
-        check_trainable(args, state.network)
-    if resumed:
-        state.load(run / "last.pt")
-    else:
+    if not resumed:
         (run / "attention.npz").unlink(missing_ok=True)  # scores of an earlier network
         write_text(run / "config.json", json.dumps(config, indent=2))
         write_left_out(run, splits["left_out"])
-    print_network(args, run, state)
 
     # 5. Train, and go back to the best epoch. A measured network is saved as it is.
     if args.measure:
@@ -2664,13 +2670,14 @@ def warn_of_few_classes(args, splits):
     for name in ("test",) if args.measure else ("val", "test"):
         classes = len(np.unique(splits[name].labels))
         if 0 < classes < NOISY:
-            print(f"{name}: {classes} classes are few, so its numbers are noisy")
+            print(f"warning: only {classes} {name} classes; with fewer than {NOISY}, the numbers "
+                  "are noisy")
 
 
 def warn_of_no_gain(args, state):
     if max(state.scores[1:]) <= state.scores[0]:
-        print(f"--lr {args.lr}: no epoch was better than the network before the training; give "
-              "another lr or more epochs")
+        print("warning: no epoch was better than epoch 0, the network before the training; see "
+              "Troubleshooting in README")
 
 
 def write_left_out(run, left_out):
@@ -2707,9 +2714,9 @@ def print_epoch(args, state, splits):
     per_view = row["seconds_validation"] / (len(splits["val"].images) * views)
     of_test = per_view * len(splits["test"].images) * (19 if args.backgrounds else 14)
     left = row["seconds"] * (args.epochs - row["epoch"]) + of_test
-    print(f"{line}loss {row['loss']:.4f}  val MAP@R {scores}  (best {args.select}: epoch "
-          f"{state.best_epoch})  {row['seconds']:.1f} s, up to {left / 60:.1f} min left",
-          flush=True)
+    print(f"{line}loss {row['loss']:.4f}  val MAP@R {scores}  (best epoch by "
+          f"{args.select}: {state.best_epoch})  {row['seconds']:.1f} s, up to {left / 60:.1f} min "
+          "left", flush=True)
 
 
 def command(main):

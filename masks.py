@@ -81,6 +81,8 @@ def make(image, mask, segment):
     try:
         alpha = alpha_of(image)
         made = alpha or segment(image)
+        if made.getextrema()[1] < THRESHOLD:  # no object was found; what is left would look like
+            made = Image.new("L", made.size)  # labels to open_mask()
     except UserError as error:
         return Outcome("failed", image, mask, error=str(error))
     except Exception as error:  # onnxruntime raises nearly anything

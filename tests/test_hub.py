@@ -72,7 +72,7 @@ def finish(root, flags, runs="runs"):
     return bgbias.run_folder(bgbias.parse_args(command(root, flags, runs)))
 
 
-UNTRAINED = "--epochs 0 --embedding 0"
+UNTRAINED = "--measure all"
 TRAINED = "--bgaugment --embedding 16"
 
 
@@ -123,7 +123,7 @@ def test_untrained_network(root, untrained):
     state = weights(untrained)
     assert state.keys() == {f"backbone.{name}" for name in network_itself().state_dict()}  # no linear layer
     assert all(torch.equal(state[f"backbone.{name}"], value) for name, value in network_itself().state_dict().items())
-    state = weights(finish(root, "--epochs 0 --embedding 5"))
+    state = weights(finish(root, "--measure all --embedding 5"))
     assert state["head.weight"].shape == (5, 32) and state["head.bias"].shape == (5,)
 
 
@@ -158,10 +158,11 @@ def test_trained_with_bgaugment(root, trained):
 def test_mean_and_std_of_its_own(root, embedding):
     embeddings, scores = [], []
     for name in ("told", "inside"):
-        folder = finish(root, f"--epochs 0 --embedding {embedding} --backbone {root}/mine:{name}")
+        folder = finish(root, f"--measure all --embedding {embedding} --backbone {root}/mine:{name}")
         run = eval_attention.load_run(folder, "cpu")
-        batches = bgbias.make_batches(run.args, run.split, bgbias.TEST, {"replaced": 1})
-        embeddings.append(bgbias.embed(eval_attention.network_of(run), bgbias.loader(batches, run.args), extra=True))
+        batches = bgbias.make_evaluation_batches(run.args, run.split, "test", 1, conditions=())
+        items = bgbias.load_batches(batches, run.args)
+        embeddings.append(bgbias.embed(eval_attention.network_of(run), items, bgbias.all_views))
         scores.append(result(folder)["test"])
     for told, inside in zip(*(found.values() for found in embeddings), strict=True):
         torch.testing.assert_close(told, inside, rtol=1e-5, atol=1e-5)
@@ -171,7 +172,7 @@ def test_mean_and_std_of_its_own(root, embedding):
             expected = F.normalize(network_itself()(scaled(x, *OWN_SCALING)), dim=1)
             torch.testing.assert_close(embeddings[0][condition][0], expected.detach(), rtol=1e-4, atol=1e-5)
     assert scores[0]["query"] == scores[1]["query"]
-    imagenet = result(finish(root, f"--epochs 0 --embedding {embedding}"))
+    imagenet = result(finish(root, f"--measure all --embedding {embedding}"))
     assert scores[0]["clean"] != imagenet["test"]["clean"]  # so it makes a difference
 
 
@@ -264,9 +265,10 @@ def test_a_network_without_gradients_is_measured(root, in_numpy, capsys, name):
     folder, weight = in_numpy
     scaling = OWN_SCALING if name == "WithScaling" else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     run = finish(root, f"{UNTRAINED} --backbone {folder}:{name}")
-    first, = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{run}: ")]
-    assert "10 features, 0 trainable parameters" in first
-    told = [float(n) for n in re.findall(r"\d+\.\d+", first.split("parameters")[1])]
+    printed = capsys.readouterr().out
+    assert "10 features, 0 trainable parameters" in printed
+    scale, = re.findall(r"\(pixel - \[(.*)\]\) / \[(.*)\]", printed)
+    told = [float(n) for n in ", ".join(scale).split(", ")]
     assert told == pytest.approx([255 * value for values in scaling for value in values], abs=0.6)
     photos, labels = inputs(root)
     for condition, x in photos.items():
@@ -277,8 +279,8 @@ def test_a_network_without_gradients_is_measured(root, in_numpy, capsys, name):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("Plain", ["no gradient", "--epochs 0"]), ("NotDetached", ["no gradient", "--epochs 0"]),
-    ("Plain --embedding 0", ["no gradient", "--epochs 0"]), ("frozen --embedding 0", ["leave out --embedding 0"])])
+    ("Plain", ["no gradient", "--measure"]), ("NotDetached", ["no gradient", "--measure"]),
+    ("Plain --embedding 0", ["no gradient", "--measure"]), ("frozen --embedding 0", ["leave out --embedding 0"])])
 def test_error_not_trainable(root, in_numpy, failure, flags, words):
     line = failure(command(root, f"--epochs 1 --backbone {in_numpy[0]}:{flags}", "failed"))
     assert f"--backbone {in_numpy[0]}:{flags.split()[0]}: " in line and all(word in line for word in words)
@@ -287,7 +289,7 @@ def test_error_not_trainable(root, in_numpy, failure, flags, words):
 
 def test_a_linear_layer_is_trained_on_a_frozen_network(root, in_numpy):
     state = weights(finish(root, f"--epochs 1 --embedding 4 --lr 0.1 --backbone {in_numpy[0]}:frozen"))
-    torch.manual_seed(bgbias.seed_of(42, bgbias.INIT))
+    torch.manual_seed(bgbias.seed_of(42, bgbias.INIT_SEED))
     before = bgbias.Embedder(f"{in_numpy[0]}:frozen", "own", SIZE, 4).state_dict()
     assert torch.equal(state["backbone.1.weight"], before["backbone.1.weight"])
     assert not torch.equal(state["head.weight"], before["head.weight"])
