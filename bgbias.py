@@ -2670,7 +2670,7 @@ def warn_of_few_classes(args, splits):
     for name in ("test",) if args.measure else ("val", "test"):
         classes = len(np.unique(splits[name].labels))
         if 0 < classes < NOISY:
-            print(f"warning: only {classes} {name} classes; with fewer than {NOISY}, the numbers "
+            print(f"note: only {classes} {name} classes; with fewer than {NOISY}, the numbers "
                   "are noisy")
 
 

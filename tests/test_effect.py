@@ -11,7 +11,7 @@ import pytest
 import bgbias
 from conftest import ROOT
 
-RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--measure"]}
+RUNS = {"base": [], "bgaugment": ["--bgaugment"], "untrained": ["--measure", "--embedding", "128"]}
 
 
 @pytest.fixture(scope="module")

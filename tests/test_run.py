@@ -104,7 +104,8 @@ def assert_same_runs(a, b):
     for key in ("test", "fooled", "confused", "epochs", "best_epoch", "tested", "data"):
         assert result(a)[key] == result(b)[key], key
     assert (a / "photos.csv").read_bytes() == (b / "photos.csv").read_bytes()
-    assert [path.name for path in sorted(a.iterdir())] == [path.name for path in sorted(b.iterdir())]
+    files = [sorted(path.name for path in run.iterdir() if not path.name.startswith(".")) for run in (a, b)]
+    assert files[0] == files[1]  # a draft that was being written at SIGKILL has a hidden name
 
 
 # ---- Killed and resumed --------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def test_changed_hyper_parameters_are_refused(begun, monkeypatch, failure):
     """Of trainings. A network that is only measured has none."""
     monkeypatch.chdir(begun)
     monkeypatch.setitem(bgbias.HPARAMS["cars196"], "contrastive", dict(pos_margin=0.1, neg_margin=0.5))
-    assert_refused(failure, "hparams", "0.1", runs=TRAINED)
+    assert_refused(failure, "hyper-parameters", "0.1", runs=TRAINED)
     finish(MEASURED)  # prints its table
 
 
@@ -356,7 +357,7 @@ def test_a_changed_weights_file_is_refused_and_a_missing_one_is_not_compared(sho
         finish(run)
     before = Path("mine.pth").read_bytes()
     Path("mine.pth").write_bytes(before[:-1] + b"x")
-    assert_refused(failure, "network", runs=runs)
+    assert_refused(failure, "weights", runs=runs)
     Path("mine.pth").unlink()
     for run in runs:
         finish(run)
@@ -426,7 +427,7 @@ def test_what_a_run_prints(finished, monkeypatch, capsys):
     assert [line.split()[1] for line in epochs] == ["0", "1", "2", "3"] and "before the training" in epochs[0]
     for line, row in zip(epochs, log(run), strict=True):
         assert all(f"{name} {100 * row[name]['map@r']:5.2f}" in line for name in ("clean", "replaced"))
-    assert re.findall(r"(\w+): (\d+) classes are few", out) == [("val", "3"), ("test", "11")]
+    assert re.findall(r"only (\d+) (\w+) classes; with fewer than 20", out) == [("3", "val"), ("11", "test")]
     before_training = out.split("epoch ")[0]
     for part in (str(run.relative_to(folder)), "smallconv", "128 features", "cpu", "shop/backgrounds"):
         assert part in before_training
@@ -591,7 +592,7 @@ def test_patience(shop, capsys):
     run = finish("--lr 0 --epochs 50 --patience 2")  # an equal score is no improvement
     assert (log(run)[-1]["epoch"], result(run)["epochs"], result(run)["best_epoch"]) == (3, 3, 1)
     line, = [line for line in capsys.readouterr().out.splitlines() if "no epoch was better" in line]
-    assert line.startswith("--lr 0.0: ")
+    assert line.startswith("warning: ") and "Troubleshooting" in line
 
 
 @pytest.mark.parametrize("poison", [6, 8])  # within the second epoch; in its last step, after the last loss
@@ -649,7 +650,7 @@ def test_a_measured_network_is_tested_on_the_classes_that_a_trained_run_tests(sh
     assert len(opened) == 2 * 44 + 3 and set(opened.values()) == {1}
     out = capsys.readouterr().out
     assert "hardly better than chance" in out and "epoch" not in out  # the pictures are random
-    assert re.findall(r"(\w+): (\d+) classes are few", out) == [("test", "11")]
+    assert re.findall(r"only (\d+) (\w+) classes; with fewer than 20", out) == [("11", "test")]
     assert run.name == "shop-measure-s42-backbone_smallconv-weights_none-image_size_16"
     assert sorted(path.name for path in run.iterdir()) == ["best.pt", "config.json", "photos.csv", "result.json"]
     assert (result(run)["epochs"], result(run)["best_epoch"]) == (0, 0)
@@ -667,7 +668,7 @@ def test_measure_all_takes_every_class(shop, capsys):
     run = finish("--measure all")
     assert run.name == "shop-measure_all-s42-backbone_smallconv-weights_none-image_size_16"
     assert result(run)["tested"].startswith("shop: 22 test classes, 88 photos")
-    assert len(photos_of(run)) == 88 and "classes are few" not in capsys.readouterr().out
+    assert len(photos_of(run)) == 88 and "numbers are noisy" not in capsys.readouterr().out
 
 
 def test_a_folder_that_is_too_small_to_be_split_is_measured_as_a_whole(shop, capsys, failure):
@@ -721,7 +722,7 @@ def test_two_networks_whose_names_differ_in_a_sign_are_not_one_measurement(shop,
     run = finish("--measure --backbone v1/model:net --weights own")
     before = (run / "result.json").read_bytes()
     line = failure(f"{TINY} --measure --backbone v1-model:net --weights own")
-    assert f"{run}: its backbone was v1/model:net, not v1-model:net" in line
+    assert f"{run}: backbone v1/model:net became v1-model:net" in line
     assert (run / "result.json").read_bytes() == before
 
 
@@ -870,7 +871,7 @@ def test_unusable_masks_of_the_papers_sets_are_counted_while_decoding(shop, caps
 def test_few_classes_make_noisy_numbers(tmp_path, monkeypatch, capsys, classes, few):
     monkeypatch.chdir(write_shop(tmp_path, classes=classes, photos=2))
     finish("--measure all")
-    assert ("test: 19 classes are few" in capsys.readouterr().out) == few
+    assert ("only 19 test classes; with fewer than 20" in capsys.readouterr().out) == few
 
 
 def test_slow_work_reports_its_progress_and_quick_work_is_silent(monkeypatch, capsys):
@@ -960,7 +961,8 @@ def test_names_that_are_not_utf8(shop, capsys, renamed):
     run, = Path("runs").iterdir()
     assert all((Path(dataset) / photo).is_file() for photo in bgbias.read_photos(run))
     bgbias.command(lambda: bgbias.main(["--report", "runs"]))
-    assert capsys.readouterr().out.count("11 test classes") == 2
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")]
+    assert len(headings) == 2 and all("11 test classes" in heading for heading in headings)
     assert "11 test classes" in (shop / "runs/report.md").read_text()
 
 

@@ -147,6 +147,7 @@ def test_attention_finds_every_run_of_a_folder_once(place, calls, monkeypatch, w
     monkeypatch.chdir(place)
     for name in ("photos", "a.b", "cub200"):
         (place / name / "images").mkdir(parents=True)
+        (place / name / "backgrounds").mkdir()
     (place / "link").symlink_to("photos")
     word, runs = word.format(place=place), []
     for seed, flags in itertools.product((42, 421), ("", "--lr 0.5", "--bgaugment --lr 0.5")):
@@ -446,15 +447,15 @@ def test_two_settings_are_two_rows_with_their_seeds(place):
     _, output, _ = run_all(place, "report")
     report = (place / "runs/report.md").read_text()
     assert report in output
-    rows = re.findall(r"^\| (triplet.*), iterations.*? \| (\d)", report, re.M)
-    assert dict(rows) == {"triplet, epochs 1": "1", "triplet, epochs 2": "2"}
+    rows = re.findall(r"^\| (triplet, epochs \d) +\| (\d) ", report, re.M)
+    assert dict(rows[:2]) == {"triplet, epochs 1": "1", "triplet, epochs 2": "2"}
 
 
 def learned(run):
     """All numbers of a finished run except the seconds."""
     saved = torch.load(run / "last.pt", weights_only=True)
     weights = {name: tensor.tolist() for name, tensor in saved["network"].items()}
-    return ([{**row, "seconds": 0} for row in saved["history"]], weights,
+    return ([{key: row[key] for key in row if "seconds" not in key} for row in saved["history"]], weights,
             json.loads((run / "result.json").read_text())["test"])
 
 
