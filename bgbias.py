@@ -1074,8 +1074,8 @@ def load_splits(dataset, data="data", *, measure=None, need_masks=True):
         check_counts(dataset, root, labels)
     missing = [image for image in images if not image.is_file()]
     if missing:
-        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); download "
-                        f"{dataset} again from {SOURCES[dataset]}")
+        raise UserError(f"{missing[0]}: missing (in total: {len(missing):,} photos); delete or "
+                        f"rename {root}, and download {dataset} again from {SOURCES[dataset]}")
     if need_masks:
         where = f" --data {data}" if dataset in SPLITS else ""
         check_mask_files(root, masks, f"python masks.py --dataset {dataset}{where}")
@@ -1135,7 +1135,8 @@ def check_counts(dataset, root, labels):
     if found != wanted:
         remedy = "delete it, and it is drawn again"
         if dataset in SOURCES:
-            remedy = f"download {dataset} again from {SOURCES[dataset]}"
+            remedy = (f"delete or rename it, and download {dataset} again from "
+                      f"{SOURCES[dataset]}")
         raise UserError(f"{root}: {found[0]:,} images, {found[1]:,} of them for testing, instead "
                         f"of {wanted[0]:,} and {wanted[1]:,}; {remedy}")
 
@@ -1631,7 +1632,15 @@ def remove_classifiers(network):
 def load_hub(name, weights):
     """What NAME() in the hubconf.py of FOLDER returns, for the name FOLDER:NAME."""
     folder, _, entry = name.rpartition(":")
-    network = torch.hub.load(folder, entry, source="local")
+    if not Path(folder, "hubconf.py").is_file():
+        raise UserError(f"--backbone {name}: there is no {folder}/hubconf.py; correct the folder")
+    try:
+        network = torch.hub.load(folder, entry, source="local")
+    except RuntimeError as error:
+        if "Cannot find callable" not in str(error):
+            raise
+        raise UserError(f"--backbone {name}: {folder}/hubconf.py has no function {entry}(); correct "
+                        "the name") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
@@ -1730,8 +1739,8 @@ def load_head(head, weights):
         head.load_state_dict(saved)
         print(f"--weights {weights}: the backbone and the linear layer of a run")
     else:
-        print(f"--weights {weights}: the backbone of a run, without its linear layer, whose size "
-              f"is {len(saved['bias'])}")
+        print(f"--weights {weights}: the backbone of a run, without its linear layer; give "
+              f"--embedding {len(saved['bias'])} to load it too")
 
 
 def input_scaling(name, network):
@@ -2060,7 +2069,7 @@ def changes_of(args):
 
 def mean_and_std(values):
     """The mean and, for several values, the sample standard deviation (ddof 1), as text."""
-    mean = f"{np.mean(values):.2f}"
+    mean = f"{round(float(np.mean(values)), 2) + 0:.2f}"  # + 0 turns -0.00 into 0.00
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
@@ -2088,7 +2097,7 @@ def table_row(name, results, columns):
         elif values := values_of(results, column):
             row[column] = mean_and_std(values)
         elif column.startswith("drop %"):
-            row[column] = "hardly better than chance"
+            row[column] = "too close to chance"
     return row
 
 
@@ -2128,7 +2137,7 @@ def explain_drop(result):
     """The drop of a run, step by step (lines of text), and the classes that drop most."""
     columns, reference = result["columns"], column_of(result["args"]["reference"])
     if not result["above_chance"]:
-        return [f"Clean MAP@R {np.mean(columns['clean']):.2f} % is hardly better than chance, "
+        return [f"Clean MAP@R {np.mean(columns['clean']):.2f} % is too close to chance, "
                 f"{np.mean(columns['chance']):.2f} %. So a drop or a fooled share would be noise."]
     names = ["clean", *(condition for condition in CHAIN if condition in columns)]
     path = " → ".join(f"{name} {np.mean(columns[name]):.1f}" for name in names)
@@ -2726,7 +2735,8 @@ def command(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes", file=sys.stderr)
+        print("\ninterrupted; the same command resumes, or starts again if nothing was saved",
+              file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC):

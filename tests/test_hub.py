@@ -278,6 +278,12 @@ def test_a_network_without_gradients_is_measured(root, in_numpy, capsys, name):
     assert (result(module)["test"] == result(run)["test"]) == (name != "WithScaling")
 
 
+def test_error_no_such_hubconf_or_function(root, failure):
+    for name, words in ((f"{root}/nowhere:net", f"{root}/nowhere/hubconf.py"), (f"{root}/mine:nothing", "nothing()")):
+        assert words in failure(command(root, f"--measure --backbone {name}", "runs"))
+
+
+
 @pytest.mark.parametrize("flags, words", [
     ("Plain", ["no gradient", "--measure"]), ("NotDetached", ["no gradient", "--measure"]),
     ("Plain --embedding 0", ["no gradient", "--measure"]), ("frozen --embedding 0", ["leave out --embedding 0"])])
@@ -399,7 +405,7 @@ def test_weights_of_a_run(root, trained, untrained, capsys):
     for embedding in (5, 0):
         line, state = states(f"--embedding {embedding}")
         assert all(torch.equal(state[name], saved[name]) for name in saved if name.startswith("backbone."))
-        assert "without its linear layer, whose size is 16" in line
+        assert "without its linear layer; give --embedding 16" in line
     assert "head.weight" not in state
     line, state = states("--embedding 16", run=untrained)
     assert torch.equal(state["backbone.0.weight"], weights(untrained)["backbone.0.weight"])

@@ -260,7 +260,7 @@ def worst_classes(run):
 
 # ---- Hardly better than chance -------------------------------------------------------------------
 
-AT_CHANCE = "hardly better than chance"
+AT_CHANCE = "too close to chance"
 
 
 @pytest.mark.parametrize("clean, chance, replaced, drop", [
@@ -268,7 +268,7 @@ AT_CHANCE = "hardly better than chance"
     (0.019, 0.01, 0.014, AT_CHANCE), (0.0, 0.01, 0.3, AT_CHANCE),  # below twice chance
     (0.71, 0.6, 0.355, "50.00"), (0.69, 0.6, 0.345, AT_CHANCE)])  # two classes: a quarter of the way to 100 %
 def test_drop(tmp_path, clean, chance, replaced, drop):
-    """A run that is hardly better than chance has no drop, no steps and no fooled share, and says why."""
+    """A run that is too close to chance has no drop, no steps and no fooled share, and says why."""
     run = make_run(tmp_path, "--seed 1", clean, (replaced,) * 5, chance=chance)
     row, text = rows_of(tmp_path)["contrastive"], bgbias.report(tmp_path, only=run)
     assert row["drop % (replaced)"].split(" ± ")[0] == drop
