@@ -1639,8 +1639,8 @@ def load_hub(name, weights):
     except RuntimeError as error:
         if "Cannot find callable" not in str(error):
             raise
-        raise UserError(f"--backbone {name}: {folder}/hubconf.py has no function {entry}(); correct "
-                        "the name") from error
+        raise UserError(f"--backbone {name}: {folder}/hubconf.py has no function {entry}(); "
+                        "correct the name") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {name}: {entry}() returns a {type(network).__name__}; wrap it "
                         "in a torch.nn.Module (README, Your own model)")
