@@ -1143,12 +1143,11 @@ def check_counts(dataset, root, labels):
 
 def find_unusable(masks):
     """(N,) booleans: masks that are nearly empty or full. Prints their number. Raises UserError if
-    they are the most."""
+    most are."""
     with ThreadPoolExecutor() as threads:
         faults = [*progress(threads.map(judge_mask, masks), "looking at masks", len(masks))]
     unusable = np.array([empty or full for empty, full, _, _ in faults], bool)
-    if 2 * unusable.sum() > len(masks):
-        raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
+    refuse_unusable(unusable.sum(), len(masks))
     if unusable.any():
         print(f"left out: {unusable.sum():,} of {len(masks):,} photos, because their mask is "
               "nearly empty or full (left_out.csv in the run's folder)")
@@ -1289,7 +1288,12 @@ def check_masks(splits):
     empty, full, fuzzy = faults[:, :3].sum(axis=0).astype(int)
     print(f"masks: {np.median(faults[:, 3]):.0%} foreground (median), {empty} of {len(sample)} "
           f"nearly empty, {full} nearly full, {fuzzy} fuzzy")
-    if 2 * (empty + full) > len(sample):
+    refuse_unusable(empty + full, len(sample))
+
+
+def refuse_unusable(unusable, masks):
+    """Raises UserError if more than half of this number of masks are nearly empty or full."""
+    if 2 * unusable > masks:
         raise UserError("masks: most are empty or full; replace those that masks.py --verify lists")
 
 
@@ -2596,7 +2600,8 @@ def main(argv=None):
               "it again (as after a change of the code)")
         return print(f"\n{report(run.parent, only=run)}\n\n{NOTES}")
 
-    # 3. The network. A resumed run loads its weights from last.pt, so it needs no download.
+    # 3. The network. Wrong masks are found in a second, so they come before its download. A resumed
+    # run loads its weights from last.pt, so it needs no download.
     check_masks(splits)
     weights = "none" if resumed else args.weights
     state = State(args, len(np.unique(splits["train"].labels)), weights)
@@ -2631,8 +2636,7 @@ def main(argv=None):
     test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
                                            conditions=("same_class", "any_class"))
     if args.measure:
-        test_batches.photos.warn_of_masks("test")
-        test_batches.photos.warn_of_crop("test")
+        warn_of_test_photos(test_batches.photos)
     result, photos = run_test(state.network, test_batches, args)
     write_photos(run, args, splits["test"], photos)
     result = {**config, "epochs": epochs, "best_epoch": best_epoch, "seconds": seconds,
@@ -2655,12 +2659,16 @@ def check_photos(args, split):
     photos = Photos(split.images, split.masks, args.image_size, keep=False)
     for _ in photos.decode_all("checking photos"):
         pass
-    photos.warn_of_masks("test")
-    photos.warn_of_crop("test")
+    warn_of_test_photos(photos)
     if args.backgrounds:
         pool = Photos(list_backgrounds(args, "test"), None, args.image_size, keep=False)
         for _ in pool.decode_all("checking backgrounds"):
             pass
+
+
+def warn_of_test_photos(photos):
+    photos.warn_of_masks("test")
+    photos.warn_of_crop("test")
 
 
 def check_finite(embeddings, photos):

@@ -59,7 +59,7 @@ WRONG = "#d55e00"
 
 
 def attention_map(model, images, black_embedding, distance, generator):
-    """How strongly each pixel changes the distance to the embedding of a black image (Section 5):
+    """How strongly each pixel changes the distance to the embedding of a black image (§5):
     network input (B, 3, H, W) -> (B, H, W) in [0, 1]. A map is 0 if no pixel changes the distance.
 
     model: (N, 3, H, W) -> (N, D), BatchNorm in eval mode. black_embedding: (1, D). distance:
@@ -85,7 +85,7 @@ def attention_map(model, images, black_embedding, distance, generator):
 
 def attention_score(attention, mask):
     """(a - p) / (1 - p), where a is the share of the attention on the object, and p the share of
-    the image (Section 5): (B, H, W), (B, 1, H, W) in [0, 1], 1 = foreground -> (B,). The score is
+    the image (§5): (B, H, W), (B, 1, H, W) in [0, 1], 1 = foreground -> (B,). The score is
     undefined (nan) if the mask is full, p = 1, or if the attention is 0 everywhere."""
     return above_chance(*shares(attention, mask))
 
