@@ -26,6 +26,7 @@ import csv
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -527,7 +528,8 @@ def hyper_parameters(loss, dataset):
     """{name: value}: the defaults of the loss's function, overridden by HPARAMS."""
     defaults = inspect.signature(LOSSES[loss]).parameters.values()
     values = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY}
-    return values | HPARAMS.get(dataset, HPARAMS["cars196"]).get(loss, {})
+    values |= HPARAMS.get(dataset, HPARAMS["cars196"]).get(loss, {})
+    return json.loads(json.dumps(values))  # as a config.json has them: lists, no tuples
 
 
 # ---- 6. Metrics ----------------------------------------------------------------------------------
@@ -720,7 +722,9 @@ class State:
                    "history": self.history}
         if optimiser:
             content["optimiser"] = self.optimiser.state_dict()
-        write(path, lambda draft: torch.save(content, draft))
+        buffer = io.BytesIO()  # torch.save() itself does not say that a disk is full
+        torch.save(content, buffer)
+        write(path, lambda draft: draft.write_bytes(buffer.getbuffer()))
 
     def load(self, path):
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1404,7 +1408,7 @@ def free_memory():
 TrainingBatch = namedtuple("TrainingBatch", "photos labels backgrounds")
 
 # A test batch. photos: (B, 4, S, S) uint8, cropped at the centre. labels: (B,). backgrounds: photos
-# of the pool, a list of (B, 3, S, S) uint8, one for each draw; empty without a pool. lenders:
+# of the pool, a list of (B, 3, S, S) uint8, one for each draw; empty without a pool. lender_photos:
 # {condition: list of (B, 4, S, S) uint8}, photos and masks of the lenders of each draw.
 EvaluationBatch = namedtuple("EvaluationBatch", "photos labels backgrounds lender_photos")
 
@@ -1464,13 +1468,16 @@ class EvaluationBatches(torch.utils.data.Dataset):
         self.draws, self.pool, self.conditions = draws, pool, conditions
         self.rows = range(len(photos)) if rows is None else rows
         self.per_epoch = math.ceil(len(self.rows) / EVAL_BATCH)
+        self.drawn = None, None  # the last epoch and its lenders
 
-    @functools.lru_cache(maxsize=1)  # of one epoch
     def lender_indices(self, epoch=0):
         """{condition: (draws, N) indices of the photos that lend their background}"""
-        groups = {"same_class": self.labels, "any_class": torch.zeros_like(self.labels)}
-        return {condition: draw_test_lenders(groups[condition], (*self.seed, epoch), self.draws)
-                for condition in self.conditions}
+        if self.drawn[0] != epoch:
+            groups = {"same_class": self.labels, "any_class": torch.zeros_like(self.labels)}
+            seed = (*self.seed, epoch)
+            self.drawn = epoch, {condition: draw_test_lenders(groups[condition], seed, self.draws)
+                                 for condition in self.conditions}
+        return self.drawn[1]
 
     def crops(self, indices):
         """Photos and masks: (B, 4, S, S)."""
@@ -2007,8 +2014,8 @@ numbers mean", explains all columns."""
 
 def read_result(run):
     """The content of a finished run's result.json, its folder `run`, and `columns`: {column: values
-    in %, one for each draw}. The attention columns hold one score for each photo, not in %. None if
-    another version of this script wrote it."""
+    in %, one for each draw}. The attention columns hold one score for each photo, not in %, and
+    `scored` is the number of scored photos. None if another version of this script wrote it."""
     result = json.loads((run / "result.json").read_text())
     if result.get("format") != FORMAT:
         return None
@@ -2026,8 +2033,9 @@ def read_result(run):
         columns["fooled %"] = [100 * share for share in result["fooled"]]
         columns["confused %"] = [100 * share for share in result["confused"]]
         columns |= steps_of(columns)
-    if (run / "attention.npz").exists():
-        saved = np.load(run / "attention.npz")
+    saved = np.load(run / "attention.npz") if (run / "attention.npz").exists() else {}
+    if saved and saved["data"] == result["data"]:  # not of other photos or masks
+        result["scored"] = len(saved["score"])
         for name, column in (("score", "attention"), ("beyond", "beyond another mask")):
             if np.isfinite(saved[name]).any():
                 columns[column] = saved[name][np.isfinite(saved[name])]
@@ -2064,7 +2072,9 @@ def changes_of(args):
     """["lr 0.001", ...]: the settings and hyper-parameters that are not default."""
     changes = dict(args["settings"])
     if not args["measure"]:
-        ours, defaults = args["hparams"], hyper_parameters(args["loss"], args["dataset"])
+        known = args["loss"] in LOSSES  # or a loss that this script no longer has
+        defaults = hyper_parameters(args["loss"], args["dataset"]) if known else {}
+        ours = args["hparams"]
         for key in sorted(ours | defaults):
             if ours.get(key) != defaults.get(key):
                 changes[key] = ours.get(key)
@@ -2094,10 +2104,12 @@ def table_row(name, results, columns):
             if all(fooled):
                 row[column] = "{} ({})".format(*map(mean_and_std, fooled))
         elif column in ("attention", "beyond another mask"):
-            photos = {len(result["columns"].get(column, ())) for result in results}
-            if len(photos) == 1 and photos != {0}:  # only scores of equally many photos have a mean
-                scores = mean_and_std(values_of(results, column))
-                row[column] = f"{scores} ({photos.pop():,} photos)"
+            scores = values_of(results, column)
+            # Only scores of equally many photos have a mean. A few of them may be undefined.
+            if scores and len({result["scored"] for result in results}) == 1:
+                defined = sorted({len(result["columns"][column]) for result in results})
+                photos = " to ".join(f"{count:,}" for count in defined)
+                row[column] = f"{mean_and_std(scores)} ({photos} photos)"
         elif values := values_of(results, column):
             row[column] = mean_and_std(values)
         elif column.startswith("drop %"):
@@ -2315,7 +2327,11 @@ def write(path, save):
     # The name of the folder is short, because a file's name may be as long as the system allows.
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         draft = Path(folder, path.name)
-        save(draft)
+        try:
+            save(draft)
+        except OSError as error:  # a full disk is an error without a name
+            error.filename = error.filename or str(path)
+            raise
         draft.replace(path)
 
 
@@ -2446,6 +2462,11 @@ def check_args(args):
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: give --measure to measure a network without "
                         "training it")
+    least = {"iterations": 1, "patience": 1, "image_size": 1, "embedding": 0, "seed": 0}
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {smallest} or "
+                            "more")
 
 
 def choose_device(args):
@@ -2479,7 +2500,10 @@ def run_folder(args):
 @functools.cache
 def file_checksum(path):
     """The checksum of a file's content, read once per process."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except PermissionError as error:
+        raise UserError(f"{path}: you may not read it; change its permissions") from error
     return f"{zlib.crc32(content):08x} {len(content)}"
 
 
@@ -2503,20 +2527,23 @@ def data_checksum(args, splits):
 
 
 def network_checksum(backbone, runs, data):
-    """The checksum of the folder of a hubconf.py: all its code, and the weights beside it. None for
-    other networks."""
+    """The checksum of the folder of a hubconf.py: all its code, and the weights directly in it.
+    None for other networks."""
     if ":" not in backbone:
         return None
     folder = Path(backbone.rpartition(":")[0])
-    ours = [Path(path).resolve() for path in (runs, data)]
+    outer = (folder.resolve(), *folder.resolve().parents)
+    ours = {Path(path).resolve() for path in (runs, data)}.difference(outer)
     files = []
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
         if not hidden and not any(place in path.resolve().parents for place in ours):
             files.append(path)
-    weights = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".json"}
-    files += [path for path in visible(folder) if path.suffix in weights and path.is_file()]
+    weights = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".data", ".npz", ".npy",
+               ".pkl", ".h5", ".json"}
+    files += [path for path in visible(folder)
+              if path.suffix.lower() in weights and path.is_file()]
     return checksum_of(files)
 
 
@@ -2578,8 +2605,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         text = f"# Background bias, measured\n\n{NOTES}\n\n{report(Path(args.report))}\n"
-        write_text(Path(args.report, "report.md"), text)
-        return print(text)
+        print(text)
+        return write_text(Path(args.report, "report.md"), text)
 
     # 1. Look at the data first, because most mistakes are there, and finding them takes seconds.
     choose_device(args)
@@ -2631,6 +2658,10 @@ def main(argv=None):
     epochs, best_epoch = state.finished_epochs, state.best_epoch
     seconds = sum(row.get("seconds", 0) for row in state.history)
     state.load(run / "best.pt")
+    if state.finished_epochs != best_epoch:
+        raise UserError(f"{run}/best.pt: has the weights of epoch {state.finished_epochs}, and the "
+                        f"best epoch is {best_epoch}; perhaps two processes trained this run at "
+                        "the same time; delete its folder and train again")
 
     # 6. Test. result.json comes last: it says that the run is finished.
     test_batches = make_evaluation_batches(args, splits["test"], "test", DRAWS,
@@ -2747,7 +2778,7 @@ def command(main):
               file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"error: {error.filename}: {error.strerror}; give a folder with room that you may "
               "write to (--runs, --data)", file=sys.stderr)

@@ -125,6 +125,9 @@ def load_run(folder, device):
         print(f"{folder} is left out, because another version of bgbias.py made it")
         return None
     args = argparse.Namespace(**{**result["args"], "device": device, "workers": None})
+    if bgbias.network_checksum(args.backbone, args.runs, args.data) != result.get("network"):
+        print(f"{folder} is left out, because the files of its network have changed; restore them")
+        return None
     bgbias.choose_device(args)
     splits = bgbias.load_splits(args.dataset, args.data, measure=args.measure)
     data = bgbias.data_checksum(args, splits)

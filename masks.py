@@ -7,10 +7,11 @@
     python masks.py --check ../gt                          # IoU and overlap with hand-made masks
 
 A mask is a soft 8-bit greyscale PNG of its image's size, 255 = foreground. ROOT/masks mirrors the
-tree of the images (bgbias.mask_path). Existing masks are kept and judged. ROOT/masks.csv has a row
-for each photo. Interrupt this script at any time: the same command makes the missing masks. The
-exit code is 1 if an image failed, or if a mask is missing, wrong or shared by two photos. rembg
-downloads a model once, into the folder that the variable U2NET_HOME names.
+tree of the images (bgbias.mask_path). Existing masks are kept and judged; if none is missing, a
+second start judges them only with --verify. ROOT/masks.csv has a row for each photo. Interrupt this
+script at any time: the same command makes the missing masks. The exit code is 1 if an image failed,
+or if a mask that was judged is missing, wrong or shared by two photos. rembg downloads a model
+once, into the folder that the variable U2NET_HOME names.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import io
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
@@ -317,7 +319,8 @@ def main(argv=None):
                            for result in sorted(results) if result.image]
             contact_sheet(worst_first[:SHEET], args.sheet)
         return
-    first, jobs = map(int, args.shard.split("/"))
+    numbers = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    first, jobs = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= first <= jobs:
         raise UserError(f"--shard {args.shard}: give I/N with I from 1 to N")
     splits = load_splits(args.dataset, args.data, need_masks=False, measure="all")

@@ -346,7 +346,7 @@ unpack() {  # unpack ARCHIVE FOLDER: FOLDER appears in DATA when it is complete
 
 name_of() {  # name_of DATASET: the first part of its runs' names
     if [ -d "$1/images" ]; then
-        (cd "$1" && basename "$PWD")
+        (cd "$1" && basename "$PWD" | tr '\\:*?"<>|' '-')  # as bgbias.py does
     else
         echo "$1"
     fi

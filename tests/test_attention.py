@@ -336,9 +336,9 @@ def test_a_larger_limit_scores_again_and_a_smaller_one_uses_what_is_there(runs, 
         evaluate(runs[0], *(["--limit", limit] if limit else []))
         row, = rows_of_table(capsys.readouterr().out)
         assert scored == expected and row["images"] == str(images), limit
-        columns = bgbias.read_result(runs[0])["columns"]  # as the report has it
-        assert len(columns["attention"]) == images
-        in_report = bgbias.table_row("", [{"columns": columns}], ["attention"])["attention"]
+        found = bgbias.read_result(runs[0])  # as the report has it; the score of one photo is undefined
+        assert len(found["columns"]["attention"]) == images and found["scored"] == images + (images == N - 1)
+        in_report = bgbias.table_row("", [found], ["attention"])["attention"]
         assert in_report == f"{row['attention']} ({images} photos)"
         scored.clear()
 
@@ -839,6 +839,24 @@ def test_runs_of_another_version_are_left_out(runs, failure, capsys, change):
     evaluate(*runs[:2], "--limit", "3")
     line, *rest = capsys.readouterr().out.splitlines()
     assert str(runs[0]) in line and "version" in line
+    assert [row[""] for row in rows_of_table("\n".join(rest))] == ["bgaugment"]
+
+
+def test_runs_of_a_network_that_has_changed_are_left_out(runs, failure, capsys):
+    """Its weights in new code would be a network that nobody measured."""
+    nets = runs[0].parent / "nets"
+    nets.mkdir()
+    (nets / "hubconf.py").write_text("import bgbias\n\ndef net():\n    return bgbias.smallconv()\n")
+    content = result(runs[0])
+    content["args"]["backbone"] = f"{nets}:net"
+    content["network"] = bgbias.network_checksum(f"{nets}:net", "runs", "data")
+    (runs[0] / "result.json").write_text(json.dumps(content))
+    evaluate(*runs[:2], "--limit", "3")
+    assert len(rows_of_table(capsys.readouterr().out)) == 2
+    (nets / "layers.py").write_text("x = 1\n")
+    evaluate(*runs[:2], "--limit", "3")
+    line, *rest = capsys.readouterr().out.splitlines()
+    assert str(runs[0]) in line and "network" in line
     assert [row[""] for row in rows_of_table("\n".join(rest))] == ["bgaugment"]
 
 

@@ -257,7 +257,7 @@ def test_what_cannot_be_written_is_one_line(dataset, capsys):
     assert code == 0 and out.endswith(f"{dataset}/masks.csv: not written (Is a directory)\n") and "Trace" not in err
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4"])
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "1/", "a/b"])
 def test_wrong_shard(text, dataset, failure):
     assert failure(f"--dataset {dataset} --shard {text}", masks.main).startswith(f"error: --shard {text}: ")
 

@@ -46,14 +46,15 @@ def make_run(root, flags, clean=0.2, replaced=(0.1,) * 5, *, any_class=(0.12,) *
     run = bgbias.run_folder(args)
     run.mkdir(parents=True)
     (run / "result.json").write_text(json.dumps({
-        "format": 2, "args": vars(args), "tested": tested, "test": test, "fooled": fooled, "confused": confused}))
+        "format": 2, "args": vars(args), "tested": tested, "test": test, "fooled": fooled, "confused": confused,
+        "data": tested[-8:]}))
     lines = ["photo,class,clean,any_class,replaced,drop,fooled,confused"]
     for photo, (label, before, on_any, on_pool) in photos.items():
         on_pool, drop = (on_pool, before - on_pool) if args.backgrounds else ("", before - on_any)
         lines.append(f"{photo},{label},{before},{on_any},{on_pool},{drop},,")
     (run / "photos.csv").write_text("\n".join(lines) + "\n")
     if scores:
-        np.savez(run / "attention.npz", score=scores, beyond=np.array(scores) / 2)
+        np.savez(run / "attention.npz", score=scores, beyond=np.array(scores) / 2, data=tested[-8:])
     return run
 
 
@@ -141,9 +142,9 @@ def test_one_seed(tmp_path):
 
 def test_three_seeds(tmp_path):
     """The standard deviation is that over the seeds, whatever the draws of each are."""
-    make_run(tmp_path, "--seed 1", 0.17, (0.08, 0.10, 0.09, 0.09, 0.09), scores=[0.2, 0.4])
+    make_run(tmp_path, "--seed 1", 0.17, (0.08, 0.10, 0.09, 0.09, 0.09), scores=[0.2, 0.4, math.nan])
     make_run(tmp_path, "--seed 2", 0.18, (0.01, 0.21, 0.11, 0.11, 0.11), scores=[0.4, 0.4, math.nan], fooled=[0.2])
-    make_run(tmp_path, "--seed 3", 0.19, (0.13,) * 5, scores=[0.6, 0.4], any_class=[0.15, 0.17])
+    make_run(tmp_path, "--seed 3", 0.19, (0.13,) * 5, scores=[math.nan, 0.6, 0.4], any_class=[0.15, 0.17])
     row = rows_of(tmp_path)["contrastive"]
     drop = 100 * 8 / 17, 100 * 7 / 18, 100 * 6 / 19
     assert row == {
@@ -166,6 +167,42 @@ def test_attention_scores_of_different_numbers_of_photos_have_no_mean(tmp_path):
     rows = rows_of(tmp_path)
     assert rows["contrastive"]["attention"] == rows["contrastive"]["beyond another mask"] == ""
     assert rows["triplet"]["attention"] == "0.40 ± 0.20 (3 photos)"
+
+
+def test_attention_scores_that_are_undefined_for_some_photos_have_a_mean(tmp_path):
+    """Of the others. Each seed scored three photos."""
+    make_run(tmp_path, "--seed 1", scores=[0.1, math.nan, 0.5])
+    make_run(tmp_path, "--seed 2", scores=[0.4, 0.5, 0.6])
+    row = rows_of(tmp_path)["contrastive"]
+    assert (row["attention"], row["beyond another mask"]) == ("0.40 ± 0.14 (2 to 3 photos)", "0.20 ± 0.07 (2 to 3 photos)")
+
+
+def test_attention_scores_of_other_data_are_not_in_the_table(tmp_path):
+    """They were computed after the masks had changed. The heading is of the old ones."""
+    run = make_run(tmp_path, "", scores=[0.1, 0.5])
+    assert rows_of(tmp_path)["contrastive"]["attention"]
+    with np.load(run / "attention.npz") as saved:
+        np.savez(run / "attention.npz", **{**saved, "data": "89abcdef"})
+    row = rows_of(tmp_path)["contrastive"]
+    assert not {"attention", "beyond another mask"} & row.keys() and row["clean"]
+
+
+def test_a_run_of_a_loss_that_is_gone(tmp_path):
+    """As on another branch: its hyper-parameters are all shown, because nobody knows the defaults."""
+    run = make_run(tmp_path, "--loss triplet")
+    content = json.loads((run / "result.json").read_text())
+    content["args"] |= {"loss": "mine", "hparams": {"margin": 0.5}}
+    (run / "result.json").write_text(json.dumps(content))
+    make_run(tmp_path, "")
+    assert rows_of(tmp_path).keys() == {"mine, margin 0.5", "contrastive"}
+
+
+def test_a_report_that_cannot_be_saved_is_printed(tmp_path, capsys):
+    make_run(tmp_path, "")
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(OSError):
+        bgbias.main(["--report", str(tmp_path)])
+    assert "| contrastive |" in capsys.readouterr().out
 
 
 def test_without_a_pool_the_drop_is_measured_on_backgrounds_of_other_photos(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import itertools
 import json
 import math
@@ -319,12 +320,14 @@ def net():
 """
 
 
+WEIGHTS = ("w.pth", "w.json", "w.PT", "w.onnx.data", "w.npz")
 NO_PARTS = ("notes.txt", ".venv/y.py", "parts/__pycache__/z.py", "parts/w.pth", "runs/r.py", "data/d.py")
 
 
 def write_network(folder):
     """folder:net, a network that tells mean colours apart; its output is nan for a red photo."""
-    files = {"hubconf.py": HUBCONF, "parts/layer.py": "x = 1\n", "w.pth": "1", "w.json": "{}", **dict.fromkeys(NO_PARTS, "1")}
+    files = {"hubconf.py": HUBCONF, "parts/layer.py": "x = 1\n", **dict.fromkeys(WEIGHTS, "{}"),
+             **dict.fromkeys(NO_PARTS, "1")}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -340,13 +343,49 @@ def test_a_changed_network_is_refused(shop, failure):
     (folder_of(f"{flags} --seed 1") / "result.json").unlink()
     for name in NO_PARTS:
         Path("nets", name).write_text("2")
-    for name in ("hubconf.py", "parts/layer.py", "w.pth", "w.json"):
+    for name in ("hubconf.py", "parts/layer.py", *WEIGHTS):
         before = Path("nets", name).read_text()
         Path("nets", name).write_text(before + "\n\n")
         assert_refused(failure, "network", "--runs", runs=runs)
         Path("nets", name).write_text(before)
     for run in runs:
         finish(run)
+
+
+@pytest.mark.parametrize("runs, data", [("runs", "."), (".", "data"), ("..", "..")])
+def test_a_network_inside_the_folder_of_the_data_or_of_the_runs(tmp_path, monkeypatch, runs, data):
+    """Its code counts, as anywhere else."""
+    write_network(tmp_path / "nets")
+    monkeypatch.chdir(tmp_path / "nets")
+    new_process()
+    before = bgbias.network_checksum(".:net", runs, data)
+    Path("parts/layer.py").write_text("x = 2\n")
+    new_process()
+    assert bgbias.network_checksum(".:net", runs, data) != before
+
+
+def test_a_loss_whose_default_is_a_tuple_can_be_resumed(shop, monkeypatch):
+    def mine(embeddings, labels, weight, *, margins=(0.1, 0.2)):
+        return bgbias.triplet(embeddings, labels, weight, margin=margins[0])
+
+    monkeypatch.setitem(bgbias.LOSSES, "triplet", mine)
+    monkeypatch.delitem(bgbias.HPARAMS["cars196"], "triplet")
+    with die_at(torch.optim.RMSprop, "step", 6):
+        finish("--loss triplet --runs a")
+    finish("--loss triplet --runs a")
+    assert result(folder_of("--loss triplet --runs a"))["epochs"] == 3
+
+
+def test_weights_of_another_epoch_are_not_tested(shop, failure):
+    """As if a second process had trained the same run and were behind."""
+    run = finish("--epochs 1 --runs first")
+    behind = (run / "best.pt").read_bytes()
+    run = finish("--patience 9")
+    assert result(run)["best_epoch"] > 1
+    (run / "result.json").unlink()
+    (run / "best.pt").write_bytes(behind)
+    line = failure(f"{TINY} --patience 9")
+    assert f"{run}/best.pt" in line and "epoch 1," in line and not (run / "result.json").exists()
 
 
 def test_a_changed_weights_file_is_refused_and_a_missing_one_is_not_compared(shop, failure):
@@ -975,6 +1014,11 @@ def test_names_that_are_not_utf8(shop, capsys, renamed):
     ("--backgrounds none", ["--backgrounds none", "val"]),
     ("--backgrounds own", ["--backgrounds own", "--bgaugment own"]),
     ("--epochs 0", ["--epochs 0", "--measure"]),
+    ("--iterations 0", ["--iterations 0", "1 or more"]),
+    ("--patience 0", ["--patience 0", "1 or more"]),
+    ("--image-size 0", ["--image-size 0", "1 or more"]),
+    ("--embedding -1", ["--embedding -1", "0 or more"]),
+    ("--seed -1", ["--seed -1", "0 or more"]),
     ("--batch-size 2", ["--batch-size 2"]),
     ("--backbone nonsense", ["--backbone nonsense"]),
     ("--weights imagenet", ["--backbone smallconv", "imagenet"]),
@@ -1006,6 +1050,31 @@ def test_bugs_keep_their_traceback_and_interruptions_need_none(capsys):
     with pytest.raises(SystemExit) as ended:
         bgbias.command(lambda: signal.raise_signal(signal.SIGINT))
     assert ended.value.code == 130 and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_named(tmp_path, capsys):
+    def save(draft):
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(SystemExit) as ended:
+        bgbias.command(lambda: bgbias.write(tmp_path / "last.pt", save))
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and str(tmp_path / "last.pt") in line and os.strerror(errno.ENOSPC) in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_photo_that_nobody_may_read(shop, monkeypatch, failure):
+    """Root may read everything, so the system's answer is planted."""
+    def refuse(path, read=Path.read_bytes):
+        if path.name == "p2.png" and path.parent.name == "c20":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    line = failure(TINY)
+    assert "c20/p2.png" in line and "permissions" in line and "--runs" not in line
 
 
 # ---- The toy set ---------------------------------------------------------------------------------

@@ -141,11 +141,11 @@ def test_a_slurm_task_gets_its_run(place, task):
     assert attention.startswith(f"python eval_attention.py runs/{dataset}-{loss}-{variant}-s42")
 
 
-@pytest.mark.parametrize("word", ["photos/", "./photos", "photos", "a.b/", "link", "{place}/photos", "./cub200/"])
+@pytest.mark.parametrize("word", ["photos/", "./photos", "photos", "a.b/", "a:b|c", "link", "{place}/photos", "./cub200/"])
 def test_attention_finds_every_run_of_a_folder_once(place, calls, monkeypatch, word):
     """bgbias.py names the runs. Seed 4 has none, and those of seed 421 do not belong to seed 42."""
     monkeypatch.chdir(place)
-    for name in ("photos", "a.b", "cub200"):
+    for name in ("photos", "a.b", "a:b|c", "cub200"):
         (place / name / "images").mkdir(parents=True)
         (place / name / "backgrounds").mkdir()
     (place / "link").symlink_to("photos")

@@ -4,6 +4,7 @@ in training and test; torchvision on PIL images as referee."""
 import itertools
 import re
 import time
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -586,6 +587,19 @@ def test_own_backgrounds_of_training_come_from_other_classes_of_the_batch(number
     counts = Counter(pairs)
     assert {*counts} == {(0, 2), (0, 3), (1, 2), (1, 3), (2, 0), (2, 1), (3, 0), (3, 1)}
     assert min(counts.values()) > 10 and max(counts.values()) < 40 and all(fresh)  # 25 +- 3.5
+
+
+def test_lenders_are_drawn_once_per_epoch_and_keep_no_photos(numbered, monkeypatch):
+    """The photos of the validation must not stay in memory while those of the test are decoded."""
+    drawn, draw = [], draw_test_lenders
+    monkeypatch.setattr(bgbias, "draw_test_lenders", lambda *args: drawn.append(args) or draw(*args))
+    batches = evaluation(numbered, [0, 0, 0, 1, 1, 2], pool=None, draws=5, lent=("any_class",))
+    for epoch in (0, 0, 1, 1, 0):
+        batches.lender_indices(epoch)
+    assert len(drawn) == 3
+    alive = weakref.ref(batches)
+    del batches
+    assert alive() is None
 
 
 def test_lenders_in_evaluation_are_cropped_at_the_centre_with_their_masks(numbered, monkeypatch):
