@@ -272,7 +272,7 @@ def bench_attention():
         rows = list(range(400))
         args = bgbias.parse_args(["--data", folder, "--device", DEVICE])
         bgbias.choose_device(args)
-        run = eval_attention.Run(folder=None, args=args, split=split, tested="")
+        run = eval_attention.Run(folder=None, args=args, split=split, tested="", data="")
         model = bgbias.Embedder("smallconv", "none", 48).to(DEVICE).eval().requires_grad_(requires_grad=False)
         pixels = eval_attention.BATCH_PIXELS["gpu" if DEVICE == "cuda" else "cpu"]
         batch = pixels // (eval_attention.COPIES * 48**2)
